@@ -1,0 +1,1 @@
+"""Token shards: the file format, reading batches from them, and making them."""
