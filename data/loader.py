@@ -45,7 +45,7 @@ def as_rows(span: np.ndarray, seq_len: int) -> Batch:
 
 
 class TrainLoader:
-    """The training batches. ShardError or ValueError, one line each, for shards that do not suit the run."""
+    """The training batches. ShardError, one line, for shards that do not suit the run."""
 
     def __init__(self, paths: list[Path], order: Order, seq_len: int, vocab_size: int, repeat: bool = False):
         self.tokens = Tokens(paths, vocab_size)
@@ -62,11 +62,11 @@ class TrainLoader:
         assert 0 <= first_row <= last_row <= batch_tokens // self.seq_len, (first_row, last_row)
         if self.order != "continuous":
             if position != step * batch_tokens:
-                raise ValueError(f"data.order {self.order}: step {step} begins at token {position:,} instead "
+                raise ShardError(f"data.order {self.order}: step {step} begins at token {position:,} instead "
                                  f"of {step} x {batch_tokens:,}; for other batches use order: continuous")
             return self._published_rows(step, batch_tokens, first_row, last_row)
         if not self.repeat and position + batch_tokens >= self.tokens.total:
-            raise ValueError(f"the batch at token {position:,} needs {batch_tokens + 1:,} tokens, but the "
+            raise ShardError(f"the batch at token {position:,} needs {batch_tokens + 1:,} tokens, but the "
                              f"shards end at {self.tokens.total:,}; add some or set data.repeat=true")
         first, count = position + first_row * self.seq_len, (last_row - first_row) * self.seq_len + 1
         return as_rows(self.tokens.stream(first, count), self.seq_len)
@@ -82,7 +82,7 @@ class TrainLoader:
         """Refuse a run that is longer than its data, before it starts; data.repeat allows it."""
         enough_for = self.steps_before_repeat(batch_tokens)
         if steps > enough_for and not self.repeat:
-            raise ValueError(f"{steps:,} steps of {batch_tokens:,} tokens need "
+            raise ShardError(f"{steps:,} steps of {batch_tokens:,} tokens need "
                              f"{tokens_needed(steps, batch_tokens):,} tokens, but the "
                              f"{len(self.tokens.paths)} training shards hold {self.tokens.total:,}, enough "
                              f"for {enough_for:,} steps in data.order {self.order}; take fewer steps, "
@@ -92,7 +92,7 @@ class TrainLoader:
         published = self.order != "continuous"
         unit = orders.RANKS * self.seq_len if published else self.seq_len
         if batch_tokens < 1 or batch_tokens % unit:
-            raise ValueError(f"batch_tokens {batch_tokens:,} must be a multiple of {unit:,}, in data.order "
+            raise ShardError(f"batch_tokens {batch_tokens:,} must be a multiple of {unit:,}, in data.order "
                              f"{self.order} {'8 ranks x ' * published}seq_len {self.seq_len:,}")
         least = orders.smallest_shard(self.order, batch_tokens) if published else 1
         if self.tokens.counts.min() < least:
@@ -120,11 +120,11 @@ class ValLoader:
 
     def __init__(self, paths: list[Path], val_tokens: int, seq_len: int, vocab_size: int):
         if val_tokens < 1 or val_tokens % seq_len:
-            raise ValueError(f"val_tokens {val_tokens:,} must be a multiple of seq_len {seq_len:,}")
+            raise ShardError(f"val_tokens {val_tokens:,} must be a multiple of seq_len {seq_len:,}")
         self.tokens, self.seq_len = Tokens(paths, vocab_size), seq_len
         self.row_count = val_tokens // seq_len
         if self.tokens.total < val_tokens + 1:
-            raise ValueError(f"val_tokens {val_tokens:,} needs {val_tokens + 1:,} tokens, but the "
+            raise ShardError(f"val_tokens {val_tokens:,} needs {val_tokens + 1:,} tokens, but the "
                              f"{len(paths)} validation shards hold {self.tokens.total:,}; lower val_tokens "
                              "or add shards")
 

@@ -32,3 +32,8 @@ def by_name(name: str):
     if name not in known:
         raise ValueError(f"unknown tokenizer {name!r}; known here: {', '.join(known)}")
     return known[name]()
+
+
+def count_bytes(name: str, tokens) -> int | None:
+    """Bytes of text that an array of token ids stands for; None where that takes a vocabulary that may have to be fetched."""
+    return int((tokens < 256).sum()) if name == "bytes" else None

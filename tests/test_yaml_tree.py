@@ -22,8 +22,8 @@ def error_of(text: str) -> str:
     ("10", 10), ("-3", -3), ("010", 10), ("0x10", 16), ("0o17", 15), ("true", True), ("True", True),
     ("false", False), ("null", None), ("~", None), ("off", "off"), ("no", "no"), ("yes", "yes"),
     ("1:30", "1:30"), ("2024-06", "2024-06"), ("2024-06-01", "2024-06-01"), ("1_000", "1_000"),
-    ("'3e-4'", "3e-4"), ("e5", "e5"), ("1e", "1e"), (".", "."), ("[1, 2e-1]", [1, 0.2]), ("{a: {b: 1}}", {"a": {"b": 1}}),
-    ("<<", "<<"), (".inf", math.inf)])
+    ("'3e-4'", "3e-4"), ("e5", "e5"), ("1e", "1e"), (".", "."), ("[1, 2e-1]", [1, 0.2]),
+    ("{a: {b: 1}}", {"a": {"b": 1}}), ("<<", "<<"), (".inf", math.inf)])
 def test_scalars_are_those_of_yaml_1_2(text, expected):
     assert value(text) == expected and type(value(text)) is type(expected)
 

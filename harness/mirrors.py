@@ -1,0 +1,64 @@
+"""Where a run's numbers go: log.jsonl always, Weights & Biases and the speedrun's own lines on request.
+
+Every sink has `write(step=..., ...)` for a training step (train_loss) or a validation (val_loss), and `close()`.
+"""
+from pathlib import Path
+
+from harness.config import Config, to_yaml
+from harness.rundir import Log
+
+
+class SpeedrunLines:
+    """`step:125/3250 val_loss:4.58624 train_time:21.243s step_avg:169.94ms`, as track 3's logs have them.
+
+    step_avg is the mean over the steps since the last validation, as in those logs.
+    """
+
+    def __init__(self, path: Path, steps: int, say):
+        self.file, self.steps, self.say = open(path, "a", buffering=1), steps, say
+        self.since_step, self.since_s = 0, 0.0
+
+    def write(self, step: int, train_s: float, **values) -> None:
+        if "val_loss" not in values:
+            return
+        steps = step - self.since_step
+        step_avg = f"{1e3 * (train_s - self.since_s) / steps:.2f}" if steps else "nan"
+        line = f"step:{step}/{self.steps} val_loss:{values['val_loss']:.5f} train_time:{train_s:.3f}s " \
+               f"step_avg:{step_avg}ms"
+        self.since_step, self.since_s = step, train_s
+        self.file.write(line + "\n")
+        self.say(line)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class WeightsAndBiases:
+    """Mirrors the log to wandb under the metric names the ecosystem uses; WANDB_MODE=offline works."""
+
+    NAMES = {"train_loss": "train/loss", "val_loss": "val/loss", "val_loss_avg": "val/loss_avg", "lr": "train/lr",
+             "grad_norm": "train/grad_norm", "train_s": "time/training_s"}
+
+    def __init__(self, directory: Path, config: Config):
+        import wandb
+        import yaml
+        self.run = wandb.init(project=config.name, name=directory.name, id=directory.name, resume="allow",
+                              dir=directory, config=yaml.safe_load(to_yaml(config)))
+        wandb.define_metric("step")
+        wandb.define_metric("*", step_metric="step")
+
+    def write(self, step: int, **values) -> None:
+        self.run.log({"step": step, **{self.NAMES.get(key, key): value for key, value in values.items()}})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_sinks(directory: Path, config: Config, resumed_at: int | None, say) -> list:
+    """The sinks of one run; resumed_at is the step it continues from, None for a new run."""
+    sinks = [Log(directory / "log.jsonl", resumed_at)]
+    if "speedrun" in config.log:
+        sinks.append(SpeedrunLines(directory / "speedrun.txt", config.steps, say))
+    if "wandb" in config.log:
+        sinks.append(WeightsAndBiases(directory, config))
+    return sinks

@@ -1,0 +1,112 @@
+"""Start-up and end of the processes of a run: ranks, device, threads, precision, signals."""
+import os
+import platform
+import signal
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+EXIT_BAD_INPUT = 2       # configuration, data or preflight refused; nothing was started
+EXIT_NOT_FINITE = 3      # a loss or gradient was not finite
+EXIT_REQUEUE = 75        # stopped by a signal after saving (EX_TEMPFAIL of sysexits.h): run again with --resume
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value):
+        """Rank 0's (picklable) value on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def all_max(self, value: float) -> float:
+        """The largest of the ranks' values, on every rank."""
+        if self.world == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return box.item()
+
+
+def start(deterministic: bool = False) -> Processes:
+    """Join torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs) and choose this rank's device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if local_world > 1:          # torchrun sets OMP_NUM_THREADS=1 then, which leaves cores idle: share them out
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "RANK" in os.environ and world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
+    return Processes(rank, world, device)
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def activation_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of activations and why: `auto` takes bfloat16 where the processor has fast products in it."""
+    if precision != "auto":
+        return getattr(torch, precision), "as configured"
+    if device.type == "cuda":
+        capable = torch.cuda.get_device_capability(device) >= (8, 0)
+        reason = "tensor cores take bfloat16" if capable else "no bfloat16 tensor cores before compute capability 8.0"
+    else:
+        capable = torch.cpu._is_amx_tile_supported()
+        reason = "the processor has AMX tiles" if capable else "no AMX tiles: bfloat16 would be slower"
+    return (torch.bfloat16 if capable else torch.float32), reason
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendor datasheets, without sparsity).
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
+
+
+def peak_flops(name: str) -> float | None:
+    """The device's peak in dense bf16 FLOP/s, or None where it is not known (then no MFU is shown)."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGTERM or SIGUSR1; the loop finishes its step, saves and exits with EXIT_REQUEUE."""
+    requested: bool = False
+    previous: dict = field(default_factory=dict)
+
+    def listen(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        self.requested = True

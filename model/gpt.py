@@ -1,0 +1,148 @@
+"""The transformer, from GPT-2 to the tuned models of the NanoGPT speedrun; `model/config.py` says which parts it has.
+
+Letters of the shapes: b batch, t time, c width of the residual stream, v rows of the vocabulary with padding.
+Activations have one type (`activation_dtype`), weights are float32 and cast at each use, logits and loss float32.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import rotary
+from model.attention import Attention, form_on
+from model.config import ModelConfig
+from model.head import head_logits, head_loss
+from model.init import draw_weights
+from model.layers import Embedding, Linear, Norm
+
+# A parameter's name within the model or its block -> its role; gains and biases are known by their last word.
+ROLES = {"embed.weight": "embed", "pos.weight": "pos", "head.weight": "head", "skips": "scalar", "shortcut": "scalar",
+         "attn.q.weight": "q", "attn.k.weight": "k", "attn.v.weight": "v", "attn.out.weight": "attn_out",
+         "attn.value_mix": "scalar", "mlp.up.weight": "mlp_in", "mlp.down.weight": "mlp_out"}
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+               "relu2": lambda x: F.relu(x).square()}       # ReLU²: So et al., arXiv:2109.08668
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer over rows of at most `seq_len` tokens.
+
+    Weights are made without values: call `init_weights` or load some. May be built under torch.device("meta").
+    """
+
+    def __init__(self, config: ModelConfig, seq_len: int, activation_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.seq_len, self.activation_dtype = config, seq_len, activation_dtype
+        self.embed = Embedding(config.vocab_rows, config.width)
+        self.pos = Embedding(seq_len, config.width) if config.positions == "learned" else None
+        self.embed_norm = Norm(config) if config.embed_norm else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.skips = nn.Parameter(torch.empty(config.layers // 2)) if config.unet else None
+        self.head_norm = Norm(config)
+        self.head = None if config.tied else Linear(config.width, config.vocab_rows, config.biases)
+        if activation_dtype == torch.bfloat16:
+            for name, role in self.roles().items():
+                if role in config.bf16_roles:
+                    parameter = self.get_parameter(name)
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies in nats (float32, 0-d) of predicting targets (b, t) from tokens (b, t), int64."""
+        return head_loss(self.trunk(tokens), *self.head_weights(), targets, self.config)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The logits (b, t, vocab_size), float32, after the softcap, without the padding."""
+        logits = head_logits(self.trunk(tokens), *self.head_weights(), self.config.softcap)
+        return logits[..., :self.config.vocab_size]
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """Everything before the head: tokens (b, t) -> (b, t, c)."""
+        config, rotation, v0, outputs = self.config, None, None, []
+        if config.positions == "rotary":
+            rotation = rotary.tables(tokens.shape[1], config.head_width, config.rotary_base, config.rotary, tokens.device)
+        x = x0 = self.embedded(tokens)
+        for layer, block in enumerate(self.blocks):
+            mirror = config.layers - 1 - layer
+            if config.unet and mirror < layer:
+                x = x + self.skips[layer - config.layers // 2].to(x.dtype) * outputs[mirror]
+            x, v = block(x, x0, v0, rotation)
+            v0 = v if layer == 0 else v0
+            outputs.append(x)
+        return self.head_norm(x)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """The start of the residual stream, (b, t, c) in the activations' type."""
+        t = tokens.shape[1]
+        if t > self.seq_len:
+            raise ValueError(f"rows of {t} tokens, but this model was built for at most {self.seq_len}")
+        x = self.embed(tokens)
+        if self.pos is not None:
+            x = x + self.pos(torch.arange(t, device=tokens.device))
+        x = x.to(self.activation_dtype)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        return (self.embed.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+
+    @property
+    def attention_form(self) -> str:
+        """sdpa or matmul: the form of attention in use, which depends on where the weights are."""
+        return form_on(self.embed.weight.device, self.config.attention)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill the weights in place; equal on every device and for every number of processes."""
+        draw_weights(dict(self.named_parameters()), self.roles(), self.config, seed)
+
+    def roles(self) -> dict[str, str]:
+        """The role of every parameter, by name."""
+        return {name: role_of(name) for name, _ in self.named_parameters()}
+
+    def flops_per_token(self) -> float:
+        """Forward and backward, 6N + 12·L·H·Q·T (PaLM, arXiv:2204.02311, appendix B); N leaves look-ups out."""
+        looked_up = {"pos"} if self.config.tied else {"pos", "embed"}
+        N = sum(p.numel() for name, p in self.named_parameters() if role_of(name) not in looked_up)
+        L, H, Q, T = self.config.layers, self.config.heads, self.config.head_width, self.seq_len
+        return float(6 * N + 12 * L * H * Q * T)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.branch_scale = config.attn_branch_scale
+        self.shortcut = nn.Parameter(torch.empty(2)) if config.embed_shortcut else None
+        self.attn_norm = Norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, x0: Tensor, v0: Tensor | None, rotation) -> tuple[Tensor, Tensor]:
+        """The stream x (b, t, c), its start x0 and the first layer's values v0 -> the stream, this layer's values."""
+        if self.shortcut is not None:
+            keep, again = self.shortcut.to(x.dtype)
+            x = keep * x + again * x0
+        y, v = self.attn(self.attn_norm(x), v0, rotation)
+        x = x + (y if self.branch_scale == 1 else self.branch_scale * y)
+        return x + self.mlp(self.mlp_norm(x)), v
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = Linear(config.width, config.mlp_hidden, config.biases)
+        self.down = Linear(config.mlp_hidden, config.width, config.biases)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+def role_of(name: str) -> str:
+    """The role of the parameter `name`, an error if it has none."""
+    last = name.rpartition(".")[2]
+    return last if last in ("gain", "bias") else ROLES[re.sub(r"^blocks\.\d+\.", "", name)]

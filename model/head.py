@@ -1,0 +1,36 @@
+"""The head and its loss: what a run replaces to change the objective.
+
+Letters of the shapes: b batch, t time, c width, v rows of the vocabulary with padding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import ModelConfig, Softcap
+
+
+def head_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, config: ModelConfig) -> Tensor:
+    """Sum over all tokens of the cross-entropy in nats, float32, of x (b, t, c) against targets (b, t)."""
+    logits = head_logits(x, weight, bias, config.softcap)
+    if not config.loss_over_padding:
+        logits = logits[..., :config.vocab_size]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def head_logits(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: Softcap | None) -> Tensor:
+    """The logits (b, t, v), float32."""
+    z = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if softcap is None:
+        return z.float()
+    return cap(z, softcap).float() if softcap.before_cast else cap(z.float(), softcap)
+
+
+def cap(z: Tensor, softcap: Softcap) -> Tensor:
+    """Bound the logits z elementwise, in their own type."""
+    c, scale = softcap.cap, softcap.scale or softcap.cap
+    if softcap.form == "tanh":
+        return c * torch.tanh(z / scale)
+    if softcap.form == "sigmoid":
+        return c * torch.sigmoid((z + softcap.shift) / scale)
+    return c * z * torch.rsqrt(z.square() + c**2)

@@ -1,0 +1,117 @@
+"""Kills, signals and damage: a run that was cut off ends as if it had not been."""
+import json
+import signal
+import time
+
+import pytest
+
+from tests.conftest import losses, spawn, the_run, train_elsewhere, train_here
+
+LONG = ("steps=24", "checkpoint_every=5", "val_every=6")
+
+
+def interrupt_after(process, tiny, step: int, number: int) -> None:
+    """Send the signal once the run has logged `step` training steps."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        logs = list((tiny.parent / "runs").glob("*/log.jsonl"))
+        if logs and logs[0].read_text().count("train_loss") >= step:
+            process.send_signal(number)
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run never came to step {step}: {process.communicate()}")
+
+
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    from tests.conftest import TINY
+    directory = tmp_path_factory.mktemp("whole")
+    config = directory / "tiny.yaml"
+    config.write_text(TINY.format(data=corpus, runs=directory / "runs"))
+    assert train_here("--config", config, *LONG) == 0
+    return losses(the_run(config))
+
+
+@pytest.mark.parametrize("step", [3, 13])
+def test_a_killed_run_resumes_bit_for_bit(tiny, uninterrupted, step):
+    process = spawn("--config", tiny, *LONG)
+    interrupt_after(process, tiny, step, signal.SIGKILL)
+    process.communicate()
+    run = the_run(tiny)
+    assert not (run / "summary.json").exists()
+    done = train_elsewhere("--config", tiny, *LONG, "--resume", "auto")
+    assert done.returncode == 0 and "resumed at step" in done.stdout, done.stderr
+    assert the_run(tiny) == run                                     # continued in its own directory
+    assert losses(run) == uninterrupted
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_asks_to_be_queued_again(tiny, uninterrupted, number):
+    process = spawn("--config", tiny, *LONG)
+    interrupt_after(process, tiny, 3, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    run = the_run(tiny)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "stopped" and 3 <= summary["steps"] < 24
+    assert (run / "checkpoints" / f"step_{summary['steps']:06d}.pt").exists()
+    assert train_here("--config", tiny, *LONG, "--resume", run) == 0
+    assert losses(run) == uninterrupted
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_together(tiny):
+    """torchrun passes SIGTERM on to its workers; each saves the same step and none is killed."""
+    process = spawn("--config", tiny, *LONG, ranks=2)
+    interrupt_after(process, tiny, 3, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    summary = json.loads((the_run(tiny) / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(tiny, uninterrupted):
+    process = spawn("--config", tiny, *LONG, ranks=2)
+    interrupt_after(process, tiny, 6, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert train_here("--config", tiny, *LONG, "--resume", "auto") == 0
+    for key, loss in losses(the_run(tiny)).items():
+        assert loss == pytest.approx(uninterrupted[key], rel=2e-5), key
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny, uninterrupted):
+    train_here("--config", tiny, *LONG)
+    run = the_run(tiny)
+    (run / "summary.json").unlink()                                # as if it had been cut off
+    newest = run / "checkpoints" / "step_000024.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="step_000024.pt: its SHA-256 differs"):
+        assert train_here("--config", tiny, *LONG, "--resume", "auto") == 0
+    assert losses(run) == uninterrupted
+
+
+def test_auto_starts_anew_where_nothing_is_unfinished(tiny):
+    assert train_here("--config", tiny, "--resume", "auto") == 0
+    assert train_here("--config", tiny, "--resume", "auto") == 0
+    assert len(list((tiny.parent / "runs").iterdir())) == 2
+
+
+def test_auto_never_continues_another_configuration(tiny):
+    train_here("--config", tiny)
+    run = the_run(tiny)
+    (run / "summary.json").unlink()
+    train_here("--config", tiny, "optim.hidden.lr=0.03", "--resume", "auto")
+    assert len(list((tiny.parent / "runs").iterdir())) == 2
+    assert losses(run)["val", 12] is not None
+
+
+def test_naming_the_run_of_another_configuration_is_refused(tiny):
+    train_here("--config", tiny)
+    done = train_elsewhere("--config", tiny, "seed=9", "--resume", the_run(tiny))
+    assert done.returncode == 2 and "another configuration" in done.stderr

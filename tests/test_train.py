@@ -1,0 +1,197 @@
+"""The whole program at a tiny size: what it writes, what it refuses, and that the surroundings change no numbers."""
+import json
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import losses, the_run, train_elsewhere, train_here
+
+
+def test_a_run_learns_and_leaves_a_complete_directory(tiny):
+    assert train_here("--config", tiny, "target_val_loss=4.0", "checkpoint_every=5") == 0
+    run = the_run(tiny)
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "env.json", "source", "log.jsonl", "summary.json",
+                                               "checkpoints", "curve.png"}
+    recorded = losses(run)
+    assert [s for kind, s in recorded if kind == "train"] == list(range(1, 13))
+    assert [s for kind, s in recorded if kind == "val"] == [0, 4, 8, 12]
+    assert recorded["val", 0] == pytest.approx(4.1589, abs=1e-3)                # ln 64: the head starts at zero
+    assert recorded["val", 12] < 3.9
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 12 and summary["world_size"] == 1
+    assert summary["val_loss"] == recorded["val", 12]
+    reached = min(s for (kind, s), loss in recorded.items() if kind == "val" and loss <= 4.0)
+    assert summary["target_step"] == reached and 0 < summary["target_train_s"] <= summary["train_s"]
+    assert summary["tokens_per_s"] == pytest.approx(12 * 256 / summary["train_s"])
+    assert summary["on_the_clock"] == ["training"] and summary["ledger_s"]["training"] == summary["train_s"]
+    assert {"warm-up", "validation", "checkpoint"} <= set(summary["ledger_s"])
+    assert sorted(p.name for p in (run / "checkpoints").glob("*.pt")) == ["step_000010.pt", "step_000012.pt"]
+    assert (run / "source" / "train.py").read_bytes() == open("train.py", "rb").read()
+    assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 12
+    assert {"versions", "git_revision", "git_dirty", "world_size", "command"} <= set(json.loads(
+        (run / "env.json").read_text()))
+
+
+def test_a_recorded_configuration_repeats_its_run(tiny):
+    train_here("--config", tiny)
+    first = the_run(tiny)
+    train_here("--config", first / "config.yaml", f"runs_dir={tiny.parent / 'again'}")
+    assert losses(the_run(tiny, "again")) == losses(first)
+
+
+def test_the_seed_decides_the_weights(tiny):
+    train_here("--config", tiny)
+    train_here("--config", tiny, "seed=1", f"runs_dir={tiny.parent / 'other'}")
+    assert losses(the_run(tiny, "other"))["train", 3] != losses(the_run(tiny))["train", 3]
+
+
+def test_two_ranks_equal_one_process_bit_for_bit(tiny):
+    """Each rank takes one micro-batch, as the single process does twice: the same two terms in every sum."""
+    train_here("--config", tiny, "micro_batch_tokens=128")
+    done = train_elsewhere("--config", tiny, "micro_batch_tokens=128", f"runs_dir={tiny.parent / 'two'}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(the_run(tiny, "two")) == losses(the_run(tiny))
+
+
+def test_three_ranks_equal_one_process_up_to_the_order_of_sums(tiny):
+    """8 rows over 3 ranks is 2, 3 and 3: no count has to divide another."""
+    train_here("--config", tiny)
+    done = train_elsewhere("--config", tiny, f"runs_dir={tiny.parent / 'three'}", ranks=3)
+    assert done.returncode == 0, done.stderr
+    one, three = losses(the_run(tiny)), losses(the_run(tiny, "three"))
+    assert one.keys() == three.keys()
+    for key in one:
+        assert three[key] == pytest.approx(one[key], rel=2e-5), key
+
+
+@pytest.mark.parametrize("micro", [32, 96])
+def test_the_micro_batch_changes_only_rounding(tiny, micro):
+    train_here("--config", tiny)
+    train_here("--config", tiny, f"micro_batch_tokens={micro}", f"runs_dir={tiny.parent / 'small'}")
+    one, small = losses(the_run(tiny)), losses(the_run(tiny, "small"))
+    for key in one:
+        assert small[key] == pytest.approx(one[key], rel=2e-5), key
+
+
+def test_compilation_changes_only_rounding(tiny):
+    train_here("--config", tiny)
+    train_here("--config", tiny, "compile=true", f"runs_dir={tiny.parent / 'compiled'}")
+    eager, compiled = losses(the_run(tiny)), losses(the_run(tiny, "compiled"))
+    for key in eager:
+        assert compiled[key] == pytest.approx(eager[key], rel=2e-5), key
+
+
+def test_summed_and_averaged_losses_train_alike_where_the_rule_ignores_scale(tiny):
+    """Muon and Adam with a tiny epsilon do not see a factor in the gradient."""
+    train_here("--config", tiny, "optim.rest.eps=1e-30")
+    train_here("--config", tiny, "optim.rest.eps=1e-30", "loss_reduction=sum", f"runs_dir={tiny.parent / 'sum'}")
+    mean, total = losses(the_run(tiny)), losses(the_run(tiny, "sum"))
+    assert total["val", 12] == pytest.approx(mean["val", 12], rel=1e-4)
+
+
+def test_clipping_logs_the_norm_from_before_it(tiny):
+    train_here("--config", tiny, "grad_clip=0.001", "optim.hidden.rule=adamw", "optim.hidden.betas=[0.9, 0.95]")
+    from harness.rundir import read_log
+    norms = [x["grad_norm"] for x in read_log(the_run(tiny))[0]]
+    assert min(norms) > 0.001
+
+
+def test_out_of_memory_halves_the_micro_batch_and_says_so(tiny, monkeypatch, capsys):
+    from model.gpt import GPT
+    forward = GPT.forward
+
+    def small_only(self, tokens, targets):
+        if tokens.shape[0] > 2:
+            raise torch.OutOfMemoryError("not enough")
+        return forward(self, tokens, targets)
+
+    train_here("--config", tiny, "micro_batch_tokens=64")
+    monkeypatch.setattr(GPT, "forward", small_only)
+    assert train_here("--config", tiny, f"runs_dir={tiny.parent / 'tight'}") == 0
+    assert capsys.readouterr().out.count("micro-batch halved") == 2                  # 8 rows, 4, 2
+    assert losses(the_run(tiny, "tight")) == losses(the_run(tiny))
+
+
+def test_trials_reuse_the_model_and_equal_runs_of_their_seeds(tiny):
+    train_here("--config", tiny, "trials=2", "seed=5")
+    trials = sorted((tiny.parent / "runs").iterdir())
+    assert [p.name.split("-")[1] for p in trials] == ["5", "6"]
+    train_here("--config", tiny, "seed=6", f"runs_dir={tiny.parent / 'alone'}")
+    assert losses(trials[1]) == losses(the_run(tiny, "alone"))
+    assert json.loads((trials[1] / "summary.json").read_text())["seed"] == 6
+
+
+def test_the_average_is_logged_beside_the_raw_loss_and_can_be_the_target(tiny):
+    train_here("--config", tiny, "average=0.5", "target_on=average", "target_val_loss=4.1")
+    run = the_run(tiny)
+    last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][-1]
+    assert last["val_loss_avg"] != last["val_loss"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val_loss_avg"] == last["val_loss_avg"] and summary["target_on"] == "average"
+
+
+def test_averaging_does_not_touch_training(tiny):
+    train_here("--config", tiny)
+    train_here("--config", tiny, "average=0.9", f"runs_dir={tiny.parent / 'averaged'}")
+    assert losses(the_run(tiny, "averaged")) == losses(the_run(tiny))
+
+
+def test_a_non_finite_gradient_stops_the_run_and_leaves_the_state_from_before(tiny, capsys):
+    """The learning rate leaps at step 6, so the weights of step 7 overflow and its gradient is not finite."""
+    points = "[{step: 5, value: 1}, {step: 6, value: 1e30}]"
+    assert train_here("--config", tiny, "schedule.shape=piecewise", "schedule.cooldown_frac=null",
+                      f"schedule.points={points}", "checkpoint_every=2") == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 8: ") and "is not finite" in error and "step_000007.pt" in error
+    run = the_run(tiny)
+    assert max(step for kind, step in losses(run) if kind == "train") == 7
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "not_finite" and summary["steps"] == 7
+    from harness.checkpoint import load
+    saved = load(run / "checkpoints" / "step_000007.pt")
+    assert all(t.isfinite().all() for state in saved["optimizer"].values() for t in state.values())
+
+
+def test_speedrun_lines_have_the_published_form(tiny):
+    import re
+    train_here("--config", tiny, "log=[speedrun]")
+    lines = (the_run(tiny) / "speedrun.txt").read_text().splitlines()
+    form = r"step:\d+/12 val_loss:\d\.\d{5} train_time:\d+\.\d{3}s step_avg:(nan|\d+\.\d\d)ms"
+    assert len(lines) == 4 and all(re.fullmatch(form, line) for line in lines), lines
+
+
+def test_weights_and_biases_gets_the_log_offline(tiny, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert train_here("--config", tiny, "log=[wandb]", "steps=4") == 0
+    assert list(the_run(tiny).glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_dry_run_trains_nothing_and_says_what_is_missing(tiny, capsys):
+    assert train_here("--config", tiny, "--dry-run") == 0
+    assert "ready" in capsys.readouterr().out
+    done = train_elsewhere("--config", tiny, "--dry-run", "steps=1000")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "256,001" in done.stderr and "9,000" in done.stderr
+    assert not (tiny.parent / "runs").exists()
+
+
+def test_print_config_names_the_source_of_every_value_and_the_update_scales(tiny, capsys):
+    assert train_here("--config", tiny, "--print-config", "optim.hidden.lr=0.5") == 0
+    out = capsys.readouterr().out
+    assert "tiny.yaml" in out and "default" in out and "override" in out
+    row = next(line for line in out.splitlines() if "128x32" in line)
+    assert "muon" in row and "0.5" in row and " 2 " in row                      # sqrt(128/32) = 2 times the lr
+    assert not (tiny.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("stepz=3", "stepz"), ("optim.hidden.lr=fast", "optim.hidden.lr"), ("model.vocab_size=32", "vocabulary"),
+    ("data.train=nothing_*.bin", "nothing_"), ("--resume=/nowhere", "/nowhere")])
+def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, argument, message):
+    done = train_elsewhere("--config", tiny, argument)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert not (tiny.parent / "runs").exists()

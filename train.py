@@ -1,0 +1,383 @@
+"""Train a GPT-2-sized model to a target validation loss and say how long that took.
+
+    torchrun --standalone --nproc_per_node=8 train.py --config muon.yaml
+    python train.py --config demo.yaml steps=20 optim.0.lr=0.01        # one process; --key=value works too
+    python train.py --config muon.yaml --print-config | --dry-run      # what it would do; whether it could
+    python train.py --config muon.yaml --resume auto                   # or --resume runs/<run>
+
+The number of processes, the micro-batch, restarts and compilation do not change the mathematics.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.loader import open_data, row_range
+from data.prefetch import Prefetcher
+from data.shards import ShardError, fingerprint
+from data.tokenizers import count_bytes
+from harness import checkpoint, preflight, processes, rundir
+from harness.config import Config, config_identity, to_yaml
+from harness.curve import draw
+from harness.diagnose import name_culprit
+from harness.load import ConfigError, load
+from harness.mirrors import open_sinks
+from harness.progress import Progress
+from model.gpt import GPT
+from optim.driver import Optimizer
+from optim.groups import GroupError
+
+
+# ---------------------------------------------------------------- the clock: in a speedrun this is the claim
+
+class Clock:
+    """Every second of a run belongs to one activity of the ledger; only "training" is on the clock."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.ledger = device, {}
+        self.activity, self.since = "setup", time.perf_counter()
+
+    def enter(self, activity: str) -> None:
+        """Wait for the device, book the time since the last call, and go on as `activity`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.ledger[self.activity] = self.ledger.get(self.activity, 0.0) + now - self.since
+        self.activity, self.since = activity, now
+
+    @property
+    def train_s(self) -> float:
+        running = time.perf_counter() - self.since if self.activity == "training" else 0.0
+        return self.ledger.get("training", 0.0) + running
+
+
+# ---------------------------------------------------------------- what changes over a run
+
+@dataclass(frozen=True)
+class Stage:
+    """What may differ from step to step; the untimed warm-up visits every distinct one."""
+    batch_tokens: int
+
+
+def stage(cfg: Config, step: int) -> Stage:
+    return Stage(cfg.batch_tokens)
+
+
+class NotFinite(Exception):
+    def __init__(self, step: int):
+        self.step = step                                              # updates completed before the bad one
+
+
+class InFlight:
+    """A step's report on its way from the device: copied without making anyone wait, read a step later."""
+
+    def __init__(self, completed: int, report):
+        self.completed = completed                                   # steps done when this was reported
+        packed = torch.stack(report)
+        on_gpu = packed.is_cuda
+        self.values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=on_gpu)
+        self.values.copy_(packed, non_blocking=on_gpu)
+        self.arrived = torch.cuda.Event() if on_gpu else None
+        if on_gpu:
+            self.arrived.record()
+
+    def read(self) -> tuple[float, float, bool, bool]:
+        """(summed loss, gradient norm, finite so far, somebody asked to stop); waits for that step only."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, grad_norm, ok, stops = self.values.tolist()
+        return loss, grad_norm, ok == 1.0, stops > 0
+
+
+def main(argv: list[str]) -> int:
+    # ------------------------------------------------------------ 1. configuration
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="a path, or the name of a file in configs/")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and its sources")
+    parser.add_argument("--dry-run", action="store_true", help="check data, memory and settings; train nothing")
+    parser.add_argument("--resume", metavar="DIR|auto", help="continue a run (auto: the newest unfinished of this "
+                                                             "configuration in runs_dir) in its own directory")
+    args, overrides = parser.parse_known_args(argv)
+    if args.config is None and args.resume not in (None, "auto"):
+        args.config = str(Path(args.resume) / "config.yaml")
+    if args.config is None:
+        raise ConfigError("--config is missing: give a path or the name of a file in configs/, e.g. --config demo.yaml")
+    loaded = load(args.config, overrides)
+    cfg = loaded.config
+    if args.resume not in (None, "auto"):
+        rundir.where_to_run(args.resume, cfg.runs_dir, config_identity(cfg), several=False)
+    with torch.device("meta"):
+        sketch = GPT(cfg.model, cfg.seq_len)                          # shapes and roles, no memory
+    if args.print_config:
+        print(preflight.describe(loaded, sketch))
+        return 0
+
+    # ------------------------------------------------------------ 2. data
+    clock_started = time.perf_counter()
+    batch_tokens = [stage(cfg, step).batch_tokens for step in range(cfg.steps)]
+    positions = list(accumulate(batch_tokens, initial=0))             # tokens read before each step
+    train, val = open_data(cfg.data, cfg.seq_len, cfg.val_tokens, cfg.model.vocab_size)
+    train.check_enough(cfg.steps, cfg.batch_tokens)
+    if args.dry_run:
+        return preflight.report(cfg, sketch, train, val)
+
+    # ------------------------------------------------------------ 3. processes and device
+    procs = processes.start(cfg.deterministic)
+    device, clock, stop = procs.device, Clock(procs.device), processes.StopRequest().listen()
+    clock.since = clock_started
+    dtype, dtype_reason = processes.activation_dtype(cfg.precision, device)
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    if compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        compiled = "no: torch.compile needs a C++ compiler and none was found"
+
+    # ------------------------------------------------------------ 4. model
+    with device:
+        model = GPT(cfg.model, cfg.seq_len, dtype)
+    model.init_weights(cfg.seed)
+    params, roles = dict(model.named_parameters()), model.roles()
+    forward = torch.compile(model, dynamic=False) if compiled is True else model
+
+    # ------------------------------------------------------------ 5. optimizer
+    optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compile=compiled is True)
+
+    peak = processes.peak_flops(processes.device_name(device))
+    progress = Progress(cfg.steps, cfg.batch_tokens, model.flops_per_token() * cfg.batch_tokens,
+                        peak and peak * procs.world, shown=procs.is_main)
+    progress.say(f"{cfg.name}: {sum(p.numel() for p in params.values()):,} parameters, {cfg.steps} steps of "
+                 f"{cfg.batch_tokens:,} tokens, {procs.world} x {processes.device_name(device)}\n"
+                 f"precision {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention {model.attention_form}; "
+                 f"compiled {'yes' if compiled is True else compiled or 'no'}; orthogonalisation plain torch")
+
+    # ------------------------------------------------------------ 6. a step, and a validation
+    micro_rows = (cfg.micro_batch_tokens or cfg.batch_tokens) // cfg.seq_len
+
+    def micro_batches(rows: int) -> list[tuple[int, int]]:
+        """This rank's rows of a global batch of `rows`, as (first, last) runs of at most micro_rows."""
+        first, last = row_range(rows, procs.rank, procs.world)
+        return [(i, min(i + micro_rows, last)) for i in range(first, last, micro_rows)]
+
+    def read_batch(step: int) -> list:
+        tokens = stage(cfg, step).batch_tokens
+        return [train.rows(step, positions[step], tokens, *run) for run in micro_batches(tokens // cfg.seq_len)]
+
+    def backward(batch, tokens: int) -> torch.Tensor:
+        """Leave the gradient of the batch's loss in .grad; this rank's loss, summed over its tokens."""
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for inputs, targets in batch:                                 # each (rows, seq_len)
+            micro_loss = forward(inputs, targets)                     # summed over tokens
+            (micro_loss / tokens if cfg.loss_reduction == "mean" else micro_loss).backward()
+            loss += micro_loss.detach()
+        return loss
+
+    def train_step(step: int, batch) -> InFlight:
+        optimizer.set_hyperparameters(step, cfg.schedule, cfg.steps)
+        loss = backward(batch, stage(cfg, step).batch_tokens)
+        return InFlight(step + 1, optimizer.step(step, loss, stop.requested))      # reduce, update, gather
+
+    @torch.no_grad()
+    def val_loss() -> float:
+        """Mean over val_tokens, nats per token."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for run in micro_batches(cfg.val_tokens // cfg.seq_len):
+            inputs, targets = (torch.from_numpy(x).to(device) for x in val.rows(*run))
+            total += forward(inputs, targets)
+        if procs.world > 1:
+            dist.all_reduce(total)
+        return total.item() / cfg.val_tokens
+
+    # ------------------------------------------------------------ 7. untimed warm-up on dummy data
+    # Compiles every shape of every stage before the weights are drawn, so there is no state to put back.
+    clock.enter("warm-up")
+    stages = dict.fromkeys(stage(cfg, step) for step in range(cfg.steps))          # distinct, in order
+
+    def dummy(rows: int):
+        sizes = {last - first: None for first, last in micro_batches(rows)}
+        tokens = [torch.arange(n * cfg.seq_len, device=device).view(n, -1) % cfg.model.vocab_size for n in sizes]
+        return [(t, t.clone()) for t in tokens]                       # apart: compilation sees aliases
+
+    while True:
+        out_of_memory = False
+        try:
+            for s in stages:
+                backward(dummy(s.batch_tokens // cfg.seq_len), s.batch_tokens)
+        except torch.OutOfMemoryError:
+            if micro_rows == 1:
+                raise
+            out_of_memory = True
+        if not procs.all_max(out_of_memory):                          # every rank must take the same micro-batch
+            break
+        micro_rows = -(-micro_rows // 2)
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        progress.say(f"out of memory: micro-batch halved to {micro_rows * cfg.seq_len:,} tokens a rank "
+                     f"(to start there: micro_batch_tokens={micro_rows * cfg.seq_len})")
+    optimizer.set_hyperparameters(0, cfg.schedule, cfg.steps)
+    optimizer.step(0, torch.zeros((), device=device))
+    with torch.no_grad():
+        for inputs, targets in dummy(cfg.val_tokens // cfg.seq_len):
+            forward(inputs, targets)
+
+    bytes_validated = count_bytes(cfg.data.tokenizer, val.rows(0, val.row_count)[1]) if procs.is_main else None
+
+    def run_trial(cfg: Config, several: bool) -> int:
+        """One run with one seed, in its own directory; the exit code."""
+        # -------------------------------------------------------- 8. a fresh start, or where a run stopped
+        identity = config_identity(cfg)
+        directory, resumed = procs.broadcast(
+            rundir.where_to_run(args.resume, cfg.runs_dir, identity, several) if procs.is_main else None)
+        if directory is None:
+            progress.say(f"seed {cfg.seed}: finished already, skipped")
+            return 0
+        if procs.is_main and not resumed:
+            directory = rundir.create(cfg.runs_dir, cfg.name, cfg.seed, to_yaml(cfg), dict(
+                identity=identity, world_size=procs.world, device=processes.device_name(device),
+                activation_dtype=str(dtype), compiled=compiled is True, attention=model.attention_form,
+                train_data=fingerprint(train.tokens.paths), val_data=fingerprint(val.tokens.paths)))
+        directory = Path(procs.broadcast(str(directory)))
+        model.init_weights(cfg.seed)
+        optimizer.reset()
+        start, target, clock.ledger = 0, {}, {k: clock.ledger.get(k, 0.0) for k in ("setup", "warm-up")}
+        saved = checkpoint.newest_intact(directory / "checkpoints") if resumed else None
+        if saved is not None:
+            path, content = saved
+            start, target = content["step"], content["target"]
+            clock.ledger = content["ledger"]
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(content["model"][name])
+            optimizer.load_state_dict(content["optimizer"], start)
+            torch.set_rng_state(content["rng"])
+            progress.say(f"resumed at step {start} from {path}")
+        elif resumed:
+            progress.say(f"resumed at step 0: {directory} has no intact checkpoint")
+        sinks = open_sinks(directory, cfg, start if resumed else None, progress.say) if procs.is_main else []
+        progress.say(f"run directory {directory}")
+
+        def save(step: int) -> Path:
+            clock.enter("checkpoint")
+            content = dict(step=step, seed=cfg.seed, identity=identity, target=target, ledger=dict(clock.ledger),
+                           position=positions[step], rng=torch.get_rng_state(), optimizer=optimizer.state_dict(),
+                           model={name: p.detach().cpu() for name, p in params.items()})
+            where = directory / "checkpoints" / f"step_{step:06d}.pt"
+            if procs.is_main:
+                checkpoint.save(where.parent, step, content, cfg.keep_checkpoints)
+            return where
+
+        def summary(status: str, step: int, **last) -> None:
+            clock.enter("summary")
+            tokens_per_s = (positions[step] - positions[0]) / max(clock.train_s, 1e-9)
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+            rundir.write_text(directory / "summary.json", json.dumps(dict(
+                status=status, steps=step, **last, target_val_loss=cfg.target_val_loss, target_on=cfg.target_on,
+                target_step=target.get("step"), target_train_s=target.get("train_s"), train_s=clock.train_s,
+                seed=cfg.seed, world_size=procs.world, tokens_per_s=tokens_per_s, micro_batch_rows=micro_rows,
+                peak_memory_bytes=memory, on_the_clock=["training"], ledger_s=clock.ledger), indent=1) + "\n")
+
+        def note(report: InFlight) -> bool:
+            """Log a finished step; whether somebody asked to stop. Raises NotFinite."""
+            nonlocal noted_s
+            loss, grad_norm, ok, stops = report.read()
+            if not ok:
+                raise NotFinite(report.completed - 1)
+            completed, train_s, train_loss = report.completed, clock.train_s, loss / batch_tokens[report.completed - 1]
+            lr = cfg.optim[0].hyper.lr * (cfg.optim[0].schedule or cfg.schedule).at(completed - 1, cfg.steps)
+            for sink in sinks:
+                sink.write(step=completed, train_s=round(train_s, 4), train_loss=train_loss, grad_norm=grad_norm, lr=lr)
+            progress.step(completed, train_loss, train_s - noted_s)
+            noted_s = train_s
+            return stops
+
+        def validate(step: int) -> dict[str, float]:
+            clock.enter("validation")
+            losses = dict(val_loss=val_loss())
+            if cfg.average is not None:
+                with optimizer.averaged_weights():
+                    losses["val_loss_avg"] = val_loss()
+            judged = losses["val_loss_avg" if cfg.target_on == "average" else "val_loss"]
+            if cfg.target_val_loss is not None and not target and judged <= cfg.target_val_loss:
+                target.update(step=step, train_s=clock.train_s)
+            for sink in sinks:
+                sink.write(step=step, train_s=round(clock.train_s, 4), **losses)
+            progress.say(f"step {step}/{cfg.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items())
+                         + f"  train_s {clock.train_s:.1f}")
+            return losses
+
+        # -------------------------------------------------------- 9. the loop: save, validate, stop?, step, log
+        prefetcher = Prefetcher(read_batch, device)
+        step, in_flight, stopping, last = start, None, False, {}
+        validate_at, save_at = cfg.validation_steps(), cfg.checkpoint_steps()
+        clock.enter("training")
+        noted_s = clock.train_s
+        try:
+            while True:
+                if stopping or step in validate_at or step in save_at:
+                    if in_flight is not None:
+                        stopping, in_flight = note(in_flight) or stopping, None
+                    if stopping:
+                        break
+                    if step in save_at and step > start:
+                        save(step)
+                    if step in validate_at:
+                        last = validate(step)
+                    clock.enter("training")
+                if step == cfg.steps:
+                    break
+                before, in_flight = in_flight, train_step(step, prefetcher.get(step))
+                step += 1
+                if before is not None:
+                    stopping = note(before)
+        except NotFinite as bad:                                      # raised on every rank at the same step
+            where = save(bad.step)
+            culprit = name_culprit(procs, model, prefetcher.get(bad.step))
+            if procs.is_main:
+                summary("not_finite", bad.step, **last)
+                print(f"error: step {bad.step + 1}: {culprit} is not finite; nothing was written from it; the state "
+                      f"from before it is in {where}", file=sys.stderr)
+            return processes.EXIT_NOT_FINITE
+        finally:
+            prefetcher.close()
+
+        # -------------------------------------------------------- 10. the end: finished, or stopped by a signal
+        where = save(step)
+        if "val_loss" in last and bytes_validated:
+            last["val_bits_per_byte"] = last["val_loss"] * cfg.val_tokens / bytes_validated / math.log(2)
+        if procs.is_main:
+            summary("stopped" if stopping else "finished", step, **last)
+            for sink in sinks:
+                sink.close()
+            draw(directory, cfg.target_val_loss)
+        if stopping:
+            progress.say(f"stopped by a signal after step {step}, saved in {where}; continue with --resume {directory}")
+            return processes.EXIT_REQUEUE
+        reached = (f"target {cfg.target_val_loss} reached at step {target['step']}, {target['train_s']:.1f} s"
+                   if target else f"target {cfg.target_val_loss} not reached" if cfg.target_val_loss else "no target")
+        progress.say(f"{directory}: val_loss {last['val_loss']:.4f}; {clock.train_s:.1f} s on the clock; {reached}")
+        return 0
+
+    for trial in range(cfg.trials):
+        clock.enter("setup")
+        code = run_trial(replace(cfg, seed=cfg.seed + trial, trials=1), several=cfg.trials > 1)
+        if code:
+            break
+    progress.close()
+    processes.finish()
+    return code
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ConfigError, ShardError, GroupError, rundir.ResumeError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(processes.EXIT_BAD_INPUT)
