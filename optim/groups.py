@@ -134,13 +134,3 @@ def update_table(groups: tuple[Group, ...], assignment: dict[str, list[str]],
             rows.append(UpdateRow(group.name, group.rule, count, shape, group.hyper.lr, multiplier,
                                   group.hyper.lr * multiplier, getattr(group.hyper, "weight_decay", 0.0)))
     return rows
-
-
-def format_update_table(rows: list[UpdateRow]) -> str:
-    """The rows as text, in aligned columns under their names."""
-    lines = [("group", "rule", "count", "shape", "lr", "multiplier", "effective_lr", "weight_decay")]
-    lines += [(row.group, row.rule, str(row.count), "x".join(map(str, row.shape)) or "scalar",
-               *(f"{value:.4g}" for value in row[4:])) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)

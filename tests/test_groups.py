@@ -2,7 +2,7 @@
 import pytest
 
 from optim import RULES
-from optim.groups import Group, GroupError, UpdateRow, assign, format_update_table, update_table
+from optim.groups import Group, GroupError, UpdateRow, assign, update_table
 from optim.schedules import Schedule
 
 ROLES = {"embed.weight": "embed", "blocks.0.q": "q", "blocks.0.up": "mlp_in", "blocks.0.norm": "gain",
@@ -96,6 +96,3 @@ def test_the_update_table_has_a_row_for_each_shape_with_the_rule_s_multiplier():
     assert rows[:2] == [UpdateRow("hidden", "muon", 2, (4, 4), 0.02, 1.0, 0.02, 0.1),
                         UpdateRow("hidden", "muon", 2, (16, 4), 0.02, 2.0, 0.04, 0.1)]
     assert [(row.count, row.shape, row.lr) for row in rows[2:]] == [(2, (10, 4), 0.5), (2, (4,), 0.5)]
-    lines = format_update_table(rows).splitlines()
-    assert lines[2].split() == ["hidden", "muon", "2", "16x4", "0.02", "2", "0.04", "0.1"]
-    assert len({line.index(word) for line, word in zip(lines, ("shape", "4x4", "16x4", "10x4"))}) == 1
