@@ -54,7 +54,7 @@ def _flow(value) -> str:
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, float):
         digits = repr(value)                            # 1e-10 would be text to readers of YAML 1.1
-        return digits.replace("e", ".0e") if "e" in digits and "." not in digits else digits
+        return digits if "." in digits else digits.replace("e", ".0e")
     if isinstance(value, str) and PLAIN_TEXT.fullmatch(value):
         if plain(read_value(value, Origin("", ""))) == value == yaml.safe_load(value):
             return value

@@ -33,7 +33,7 @@ def group_fields(rule: str | None) -> dict[str, typing.Any]:
     """Key -> type of an optim group: the common keys and those of `rule` (None: of every rule)."""
     keys = {key: fields(Group)[key] for key in GROUP_KEYS}
     for each in [RULES[rule]] if rule else RULES.values():
-        keys |= {key: hint for key, hint in fields(each).items() if key not in keys}
+        keys |= fields(each)
     return keys
 
 

@@ -123,15 +123,17 @@ def _over_group(groups: dict[str, Tree], name: str, top: dict[str, Tree]) -> dic
     return overlay(base, top, ("optim", name))
 
 
-def _without_old_rule(base: dict[str, Tree], rule) -> dict[str, Tree]:
-    """A group's keys that outlive its change to `rule`: those that the rule knows, and overrides."""
-    if not isinstance(rule, str) or rule not in RULES or rule == plain(base["rule"]):
-        return base
-    known = group_fields(rule)
-    kept = {key: item for key, item in base.items() if key in known or written_as_override(item)}
+def _without_old_rule(base: dict[str, Tree], new) -> dict[str, Tree]:
+    """A group without the keys of its rule that `new` does not know; overrides stay, to be refused."""
+    old = plain(base["rule"])
+    if not all(isinstance(rule, str) and rule in RULES for rule in (old, new)):
+        return base                                     # refused later
+    dropped = group_fields(old).keys() - group_fields(new).keys()
+    kept = {key: item for key, item in base.items() if key not in dropped or written_as_override(item)}
     if isinstance(kept.get("scheduled"), dict):
+        dropped = set(RULES[old].VARYING) - set(RULES[new].VARYING)
         kept["scheduled"] = {key: item for key, item in kept["scheduled"].items()
-                             if key in RULES[rule].VARYING or written_as_override(item)}
+                             if key not in dropped or written_as_override(item)}
     return kept
 
 

@@ -53,7 +53,7 @@ def _place(tree: Tree, path: tuple, line: str) -> str | None:
 
     For a line about a mapping it is the place of a key that the line names, of an override before all others.
     """
-    while path and at(tree, path) is None:              # a missing key: the mapping that it belongs in
+    while at(tree, path) is None:                       # a missing key: the mapping that it belongs in
         path = path[:-1]
     here = at(tree, path)
     named = [_only_origin(at(here, tuple(word.split(".")))) for word in re.findall(r"\w+(?:\.\w+)*", line)]

@@ -204,7 +204,8 @@ def test_the_resolved_configuration_shows_every_value_and_its_origin(demo):
     loaded = demo("seed=7")
     lines = format_resolved(loaded).splitlines()
     assert {re.sub(" +", " ", line) for line in lines} >= {
-        "seed: 7 # override", "trials: 1 # default", "steps: 100 # demo.yaml", " lr: 1.0e-10 # demo.yaml"}
+        "seed: 7 # override", "trials: 1 # default", "steps: 100 # demo.yaml", " lr: 1.0e-10 # demo.yaml",
+        " params: [q, k, v] # demo.yaml", " scheduled: {} # default"}
     sections = [line.split(":")[0] for line in lines if not line.startswith(" ")]
     assert sections == [field.name for field in dataclasses.fields(Config)]
     assert len({line.index("# ") for line in lines if "# " in line}) == 1          # the comments are aligned

@@ -66,6 +66,14 @@ def test_a_new_rule_drops_the_keys_that_it_does_not_know(child):
     assert hidden.hyper.betas == (0.9, 0.99) and hidden.scheduled == {}
 
 
+def test_a_key_that_no_rule_knows_is_not_dropped_but_refused(child, tmp_path):
+    typo = PARENT.replace("nesterov: false", "nestrov: false")
+    (tmp_path / "parent.yaml").write_text(typo)
+    for rule in ("muon", "adamw"):
+        with pytest.raises(ConfigError, match="parent.yaml:.*unknown key 'optim.hidden.nestrov'"):
+            child(f"optim: [{{name: hidden, rule: {rule}}}]\n")
+
+
 def test_a_new_rule_on_the_command_line_drops_keys_of_files_but_not_of_the_command_line(child):
     assert group(child("", "optim.hidden.rule=adamw"), "hidden").rule == "adamw"
     with pytest.raises(ConfigError, match="override optim.0.nesterov=true: unknown key 'optim.hidden.nest"):
@@ -77,6 +85,9 @@ def test_a_group_can_be_removed(child):
     assert [group.name for group in loaded.config.optim] == ["hidden", "rest"]
     assert len(child("", "optim.embed.remove=true").config.optim) == 2
     assert len(child("optim: [{name: embed, remove: false}]\n").config.optim) == 3
+    all_gone = ", ".join(f"{{name: {name}, remove: true}}" for name in ("hidden", "embed", "rest"))
+    with pytest.raises(ConfigError, match="optim: expected 1 or more, got 0"):
+        child(f"optim: [{all_gone}]\n")
     with pytest.raises(ConfigError, match="child.yaml:2: optim.embde: no such group to remove; groups: hid"):
         child("optim: [{name: embde, remove: true}]\n")
 
@@ -115,6 +126,7 @@ def test_a_parent_may_extend_too_and_is_found_beside_the_file_or_in_configs(chil
     ("extends: nothing.yaml\n", "child.yaml:1: extends: no configuration 'nothing.yaml'"),
     ("extends: [parent.yaml]\n", "child.yaml: extends: expected the name of one file, got a list"),
     ("optim: {name: a}\n", "child.yaml: optim: expected a list of groups, got a mapping"),
+    ("optim: [{name: 3}]\n", "child.yaml:1: optim.0: expected a group with a name"),
     ("optim: [{lr: 1}]\n", "child.yaml:1: optim.0: expected a group with a name"),
     ("optim:\n  - {name: a}\n  - {name: a}\n", "child.yaml:3: optim: two groups have the name 'a'; rename")])
 def test_what_cannot_be_merged_is_one_line(tmp_path, monkeypatch, text, message):
