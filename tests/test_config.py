@@ -158,6 +158,7 @@ def test_a_key_that_nothing_reads_is_an_error(demo, overrides, error):
 
 def test_a_key_that_nothing_reads_may_be_left_at_its_default(demo):
     assert demo("model.positions=learned", "model.rotary_base=10000.0", "schedule.points=[]").config
+    assert demo("schedule=null", "optim.0.schedule={floor: 0.1}", "optim.1.schedule={floor: 0.1}").config
 
 
 @pytest.mark.parametrize("cls", [*dataclasses_in(Config), *RULES.values()], ids=lambda cls: cls.__name__)
@@ -210,7 +211,7 @@ def test_the_resolved_configuration_shows_every_value_and_its_origin(demo):
     assert sections == [field.name for field in dataclasses.fields(Config)]
     assert len({line.index("# ") for line in lines if "# " in line}) == 1          # the comments are aligned
     assert yaml.safe_load("\n".join(lines)) == yaml.safe_load(to_yaml(loaded.config))
-    assert loaded.text == PRESET and loaded.path.name == "demo.yaml"
+    assert all(loaded.origins) and loaded.text == PRESET and loaded.path.name == "demo.yaml"
 
 
 def test_identity_is_that_of_the_mathematics(demo):

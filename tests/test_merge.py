@@ -66,6 +66,13 @@ def test_a_new_rule_drops_the_keys_that_it_does_not_know(child):
     assert hidden.hyper.betas == (0.9, 0.99) and hidden.scheduled == {}
 
 
+def test_a_new_rule_keeps_the_schedules_that_it_knows(child):
+    points = "{shape: piecewise, points: [{step: 0, value: 0.1}]}"
+    hidden = child(f"optim: [{{name: hidden, weight_decay: null, scheduled: {{weight_decay: {points}}}}}]\n",
+                   "optim.hidden.rule=adamw").config.optim[0]
+    assert list(hidden.scheduled) == ["weight_decay"]
+
+
 def test_a_key_that_no_rule_knows_is_not_dropped_but_refused(child, tmp_path):
     typo = PARENT.replace("nesterov: false", "nestrov: false")
     (tmp_path / "parent.yaml").write_text(typo)
@@ -85,6 +92,8 @@ def test_a_group_can_be_removed(child):
     assert [group.name for group in loaded.config.optim] == ["hidden", "rest"]
     assert len(child("", "optim.embed.remove=true").config.optim) == 2
     assert len(child("optim: [{name: embed, remove: false}]\n").config.optim) == 3
+    with pytest.raises(ConfigError, match="unknown key 'schedule.remove'"):     # only groups are removed so
+        child("schedule: {remove: true}\n")
     all_gone = ", ".join(f"{{name: {name}, remove: true}}" for name in ("hidden", "embed", "rest"))
     with pytest.raises(ConfigError, match="optim: expected 1 or more, got 0"):
         child(f"optim: [{all_gone}]\n")

@@ -80,6 +80,7 @@ def test_a_negative_number_is_a_value(with_overrides):
 @pytest.mark.parametrize("words, message", [
     (["demo.yaml"], "override demo.yaml: expected key=value or --key value"),
     (["-n", "3"], "override -n: expected key=value or --key value"),
+    (["--"], "override --: expected key=value or --key value"),
     (["--steps"], "override --steps: expected a value behind it"),
     (["--steps", "--compile"], "override --steps: expected a value behind it"),
     (["--no-steps"], "override --no-steps: expected a value behind it"),
