@@ -1,8 +1,8 @@
 """What the `model` section of a configuration may say.
 
-The defaults are GPT-2 as published (Radford et al., 2019): learned positions, LayerNorm, tanh-GELU, biases, a tied
-head, N(0, .02). `null` means the default. A parameter's *role* is what optimizer groups, initial values and tables
-speak of.
+The defaults are GPT-2 as published (Radford et al., 2019): learned positions, LayerNorm, tanh-GELU, biases, a
+tied head, N(0, .02). `null` means the default. A parameter's *role* is what optimizer groups, initial values
+and tables speak of.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-Role = Literal["embed", "pos", "head", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "gain", "bias", "scalar", "gate"]
+Role = Literal["embed", "pos", "head", "q", "k", "v", "attn_out", "mlp_in", "mlp_out",
+               "gain", "bias", "scalar", "gate"]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 Zeros = Literal["zeros"]
@@ -100,7 +101,8 @@ class ModelConfig:
             raise ValueError(f"rotary: {self.rotary} needs a head_dim that is a multiple of {multiple}, "
                              f"not {self.head_width}")
         if self.vocab_rows < self.vocab_size:
-            raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
+            raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below "
+                             f"vocab_size {self.vocab_size}")
         if self.unet and self.layers % 2:
             raise ValueError(f"unet pairs the blocks: layers must be even, not {self.layers}")
         for key, unread in {"head": self.tied, "pos": self.positions != "learned"}.items():

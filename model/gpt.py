@@ -1,7 +1,7 @@
-"""The transformer, from GPT-2 to the tuned models of the NanoGPT speedrun; `model/config.py` says which parts it has.
+"""The transformer, from GPT-2 to the NanoGPT speedrun's tuned models; `model/config.py` names its parts.
 
 Letters of the shapes: b batch, t time, c width of the residual stream, v rows of the vocabulary with padding.
-Activations have one type (`activation_dtype`), weights are float32 and cast at each use, logits and loss float32.
+Activations have one type, `activation_dtype`; weights are cast to it at each use; logits, loss are float32.
 """
 
 import re
@@ -18,18 +18,19 @@ from model.init import draw_weights
 from model.layers import Embedding, Linear, Norm
 
 # A parameter's name within the model or its block -> its role; gains and biases are known by their last word.
-ROLES = {"embed.weight": "embed", "pos.weight": "pos", "head.weight": "head", "skips": "scalar", "shortcut": "scalar",
+ROLES = {"embed.weight": "embed", "pos.weight": "pos", "head.weight": "head", "skips": "scalar",
          "attn.q.weight": "q", "attn.k.weight": "k", "attn.v.weight": "v", "attn.out.weight": "attn_out",
-         "attn.value_mix": "scalar", "mlp.up.weight": "mlp_in", "mlp.down.weight": "mlp_out"}
+         "attn.value_mix": "scalar", "mlp.up.weight": "mlp_in", "mlp.down.weight": "mlp_out",
+         "shortcut": "scalar"}
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
                "relu2": lambda x: F.relu(x).square()}       # ReLU²: So et al., arXiv:2109.08668
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over rows of at most `seq_len` tokens.
+    """A decoder-only transformer over rows of (with learned positions: at most) `seq_len` tokens.
 
-    Weights are made without values: call `init_weights` or load some. May be built under torch.device("meta").
+    Weights are made without values: call `init_weights` or load some. It may be built on "meta".
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, activation_dtype: torch.dtype = torch.float32):
@@ -49,7 +50,7 @@ class GPT(nn.Module):
                     parameter.data = parameter.data.to(torch.bfloat16)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies in nats (float32, 0-d) of predicting targets (b, t) from tokens (b, t), int64."""
+        """Summed cross-entropies in nats (float32, 0-d) of tokens (b, t) against targets (b, t), int64."""
         return head_loss(self.trunk(tokens), *self.head_weights(), targets, self.config)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -61,7 +62,8 @@ class GPT(nn.Module):
         """Everything before the head: tokens (b, t) -> (b, t, c)."""
         config, rotation, v0, outputs = self.config, None, None, []
         if config.positions == "rotary":
-            rotation = rotary.tables(tokens.shape[1], config.head_width, config.rotary_base, config.rotary, tokens.device)
+            rotation = rotary.tables(tokens.shape[1], config.head_width, config.rotary_base, config.rotary,
+                                     tokens.device)
         x = x0 = self.embedded(tokens)
         for layer, block in enumerate(self.blocks):
             mirror = config.layers - 1 - layer
@@ -69,16 +71,17 @@ class GPT(nn.Module):
                 x = x + self.skips[layer - config.layers // 2].to(x.dtype) * outputs[mirror]
             x, v = block(x, x0, v0, rotation)
             v0 = v if layer == 0 else v0
-            outputs.append(x)
+            if config.unet:
+                outputs.append(x)
         return self.head_norm(x)
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """The start of the residual stream, (b, t, c) in the activations' type."""
-        t = tokens.shape[1]
-        if t > self.seq_len:
-            raise ValueError(f"rows of {t} tokens, but this model was built for at most {self.seq_len}")
         x = self.embed(tokens)
         if self.pos is not None:
+            t = tokens.shape[1]
+            if t > self.seq_len:
+                raise ValueError(f"rows of {t} tokens, but this model has positions for {self.seq_len}")
             x = x + self.pos(torch.arange(t, device=tokens.device))
         x = x.to(self.activation_dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
@@ -100,7 +103,7 @@ class GPT(nn.Module):
         return {name: role_of(name) for name, _ in self.named_parameters()}
 
     def flops_per_token(self) -> float:
-        """Forward and backward, 6N + 12·L·H·Q·T (PaLM, arXiv:2204.02311, appendix B); N leaves look-ups out."""
+        """Forward and backward: 6N + 12·L·H·Q·T, N without look-ups (PaLM, arXiv:2204.02311, appendix B)."""
         looked_up = {"pos"} if self.config.tied else {"pos", "embed"}
         N = sum(p.numel() for name, p in self.named_parameters() if role_of(name) not in looked_up)
         L, H, Q, T = self.config.layers, self.config.heads, self.config.head_width, self.seq_len
@@ -120,7 +123,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, x0: Tensor, v0: Tensor | None, rotation) -> tuple[Tensor, Tensor]:
-        """The stream x (b, t, c), its start x0 and the first layer's values v0 -> the stream, this layer's values."""
+        """The stream x (b, t, c), its start x0 and the first layer's values -> the stream, this layer's."""
         if self.shortcut is not None:
             keep, again = self.shortcut.to(x.dtype)
             x = keep * x + again * x0
@@ -143,6 +146,8 @@ class MLP(nn.Module):
 
 
 def role_of(name: str) -> str:
-    """The role of the parameter `name`, an error if it has none."""
-    last = name.rpartition(".")[2]
-    return last if last in ("gain", "bias") else ROLES[re.sub(r"^blocks\.\d+\.", "", name)]
+    """The role of the parameter `name`; ValueError if it has none."""
+    inner, last = re.sub(r"^blocks\.\d+\.", "", name), name.rpartition(".")[2]
+    if last not in ("gain", "bias") and inner not in ROLES:
+        raise ValueError(f"parameter {name} has no role; give it one in ROLES")
+    return last if last in ("gain", "bias") else ROLES[inner]

@@ -1,5 +1,5 @@
-"""Initial values. Each parameter is drawn on the CPU, in float32, from a generator seeded by the seed and its name:
-the same on every device, and not changed by parameters that another configuration adds or leaves out.
+"""Initial values. Each parameter is drawn on the CPU, in float32, from a generator seeded by the run's seed
+and the parameter's name: the same on every device, whatever else this configuration adds or leaves out.
 """
 
 import math
@@ -14,7 +14,7 @@ SCALARS = {"value_mix": [0.5], "shortcut": [1.0, 0.0], "skips": [1.0]}
 
 
 @torch.no_grad()
-def draw_weights(parameters: dict[str, Tensor], roles: dict[str, str], config: ModelConfig, seed: int) -> None:
+def draw_weights(parameters: dict[str, Tensor], roles: dict[str, str], config: ModelConfig, seed: int):
     """Fill every parameter in place, whatever its storage; ValueError for one without a rule."""
     for name, parameter in parameters.items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -30,10 +30,10 @@ def draw_weights(parameters: dict[str, Tensor], roles: dict[str, str], config: M
 def rule(name, parameters, roles, config) -> tuple[Draw | str, int]:
     """How to draw the weight or bias `name`, and its fan-in (of a bias: that of the weight beside it)."""
     init = config.init
-    by_role = {"embed": init.embed, "pos": init.pos, "head": init.head, "q": init.qkv, "k": init.qkv, "v": init.qkv,
-               "attn_out": init.attn_out, "mlp_in": init.mlp_in, "mlp_out": init.mlp_out}
+    by_role = {"embed": init.embed, "pos": init.pos, "head": init.head, "q": init.qkv, "k": init.qkv,
+               "v": init.qkv, "attn_out": init.attn_out, "mlp_in": init.mlp_in, "mlp_out": init.mlp_out}
     weight = name.removesuffix("bias") + "weight" if roles[name] == "bias" else name
-    if roles[name] == "bias" and (init.bias == "zeros" or weight not in parameters):     # norms have no weight
+    if roles[name] == "bias" and (init.bias == "zeros" or weight not in parameters):    # norms have no weight
         return "zeros", 1
     if roles[weight] not in by_role:
         raise ValueError(f"no initial values for parameter {name} of role {roles[name]}; give it a rule here")

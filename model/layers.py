@@ -1,6 +1,6 @@
-"""The parts with weights. Master weights are float32 (see `bf16_roles`) and are cast to the input's type at each use.
+"""The parts with weights: float32 (but see `bf16_roles`), cast to the type of the input at each use.
 
-Weights are made without values: `init_weights` or a checkpoint fills them.
+They are made without values: `init_weights` or a checkpoint fills them.
 """
 
 import torch
@@ -47,7 +47,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.shape)) if config.biases and self.centred else None
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = None if self.gain is None else self.gain.to(x.dtype)
-        if not self.centred:
-            return F.rms_norm(x, self.shape, gain, self.eps)
-        return F.layer_norm(x, self.shape, gain, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+        gain, bias = (None if w is None else w.to(x.dtype) for w in (self.gain, self.bias))
+        if self.centred:
+            return F.layer_norm(x, self.shape, gain, bias, self.eps)
+        return F.rms_norm(x, self.shape, gain, self.eps)

@@ -1,4 +1,4 @@
-"""Rotary positions in the half-split form (Su et al., arXiv:2104.09864): dimensions i and i + d/2 make a pair.
+"""Rotary positions, half-split (Su et al., arXiv:2104.09864): dimensions i and i + d/2 make a pair.
 
     y1 =  x1·cos θ + x2·sin θ            θ = position · frequency
     y2 = -x1·sin θ + x2·cos θ
