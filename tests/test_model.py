@@ -144,7 +144,8 @@ def plain_cap(z, softcap):
 def test_logits_and_loss_equal_a_plain_float64_transformer(form, attention):
     model, tokens = scrambled(FORMS[form] | {"attention": attention}), some_tokens()
     targets, expected = tokens.roll(-1, 1), plain_logits(model, tokens)
-    torch.testing.assert_close(model.logits(tokens), expected[..., :61].float(), rtol=1e-4, atol=1e-4)
+    logits = expected[..., :61].float()
+    torch.testing.assert_close(model.logits(tokens), logits, rtol=1e-5, atol=2e-5)      # measured: 3e-6
     loss = model(tokens, targets)
     assert loss.dtype == torch.float32 and loss.ndim == 0
     summed = -expected.log_softmax(-1).gather(-1, targets[..., None]).sum()
@@ -186,7 +187,7 @@ def test_softcap_before_the_cast_is_computed_in_bfloat16():
         logits[before] = scrambled(config, dtype=torch.bfloat16).logits(tokens)
     assert torch.equal(logits[True], logits[True].bfloat16().float())
     assert not torch.equal(logits[False], logits[False].bfloat16().float())
-    assert (logits[True] - logits[False]).abs().max() < 0.02           # measured .008: one rounding at 3
+    assert (logits[True] - logits[False]).abs().max() < 0.02           # measured .016: the roundings at 3
 
 
 @pytest.mark.parametrize("scale", [None, 0.12])
@@ -213,12 +214,14 @@ def test_norm_of_a_bfloat16_stream_has_float32_statistics():
         assert ((norm(x).double() - expected).abs() <= rounding).all(), kind
 
 
-def test_bfloat16_losses_are_near_float32_ones():
+def test_bfloat16_logits_and_losses_are_near_float32_ones():
     tokens = some_tokens(8, 64)
     for name, config in FORMS.items():
-        losses = [scrambled(config, 64, dtype)(tokens, tokens.roll(-1, 1)) / tokens.numel()
-                  for dtype in (torch.float32, torch.bfloat16)]
-        assert abs(losses[0] - losses[1]) < 0.01, name                 # measured: at most .0024
+        exact, rounded = (scrambled(config, 64, dtype) for dtype in (torch.float32, torch.bfloat16))
+        losses = [model(tokens, tokens.roll(-1, 1)) / tokens.numel() for model in (exact, rounded)]
+        assert abs(losses[0] - losses[1]) < 0.003, name                    # measured: at most .0008
+        z = exact.logits(tokens)
+        assert (rounded.logits(tokens) - z).norm() < 0.03 * z.norm(), name     # measured: at most .014
 
 
 # --- what a user of the model relies on
