@@ -251,7 +251,7 @@ def main(argv: list[str]) -> int:
         if saved is not None:
             path, content = saved
             start, target = content["step"], content["target"]
-            clock.ledger = content["ledger"]
+            clock.ledger = {k: clock.ledger.get(k, 0.0) + s for k, s in content["ledger"].items()}
             with torch.no_grad():
                 for name, p in params.items():
                     p.copy_(content["model"][name])

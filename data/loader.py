@@ -4,8 +4,10 @@ A global batch is batch_tokens / seq_len rows; inputs and targets are int64 (row
 are the inputs shifted by one token, so the last target of a batch is the first input of the next. A rank asks
 for its own rows (`row_range`) and only these are read. A row may begin and end inside a document.
 
-`order: continuous` takes the shards in sorted order as one stream and loses nothing between them. The others
-are the orders of the published scripts (data/orders.py): a batch is what their 8 ranks read, in rank order.
+`order: continuous` takes the shards in sorted order as one stream and loses nothing between them. `order: spread`
+cuts that stream into rows and takes them from places spread evenly over it, each row once: for small batches, of
+which a continuous one would lie within a single document. The others are the orders of the published scripts
+(data/orders.py): a batch is what their 8 ranks read, in rank order.
 """
 from pathlib import Path
 from typing import Literal
@@ -17,14 +19,14 @@ from data import orders
 from data.shards import ShardError, Tokens, find_shards
 
 Batch = tuple[np.ndarray, np.ndarray]
-Order = Literal["continuous", "2024-06", "2024-10", "2024-11", "2024-12", "2025-01"]
+Order = Literal["continuous", "spread", "2024-06", "2024-10", "2024-11", "2024-12", "2025-01"]
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
 class DataConfig:
     train: str                  # shards to train on, a pattern with * and ?, taken in sorted order
     val: str                    # shards to validate on, a pattern with * and ?
-    order: Order = "continuous"  # one stream of all shards, or what 8 ranks read in the scripts of that month
+    order: Order = "continuous"  # one stream of all shards; its rows spread out; what 8 ranks read in a month's scripts
     repeat: bool = False        # whether training may begin again with the first shard after the last
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # what made the tokens: GPT-2's vocabulary, or bytes
 
@@ -60,6 +62,8 @@ class TrainLoader:
         """
         self._check_batch(batch_tokens)
         assert 0 <= first_row <= last_row <= batch_tokens // self.seq_len, (first_row, last_row)
+        if self.order == "spread":
+            return self._spread_rows(position // self.seq_len + first_row, last_row - first_row)
         if self.order != "continuous":
             if position != step * batch_tokens:
                 raise ShardError(f"data.order {self.order}: step {step} begins at token {position:,} instead "
@@ -74,8 +78,8 @@ class TrainLoader:
     def steps_before_repeat(self, batch_tokens: int) -> int:
         """The number of steps that can be taken before the shards begin again."""
         self._check_batch(batch_tokens)
-        if self.order == "continuous":
-            return (self.tokens.total - 1) // batch_tokens
+        if self.order in ("continuous", "spread"):
+            return (self.tokens.total - 1) // self.seq_len * self.seq_len // batch_tokens
         return orders.steps_before_repeat(self.order, self.tokens.counts, batch_tokens)
 
     def check_enough(self, steps: int, batch_tokens: int) -> None:
@@ -89,7 +93,7 @@ class TrainLoader:
                              "add shards, or set data.repeat=true")
 
     def _check_batch(self, batch_tokens: int) -> None:
-        published = self.order != "continuous"
+        published = self.order in orders.ORDERS
         unit = orders.RANKS * self.seq_len if published else self.seq_len
         if batch_tokens < 1 or batch_tokens % unit:
             raise ShardError(f"batch_tokens {batch_tokens:,} must be a multiple of {unit:,}, in data.order "
@@ -100,6 +104,17 @@ class TrainLoader:
             raise ShardError(f"{self.tokens.paths[shard]}: {self.tokens.counts[shard]:,} tokens, but "
                              f"data.order {self.order} needs {least:,} in every shard at batch_tokens "
                              f"{batch_tokens:,}; remove the shard or use order: continuous")
+
+    def _spread_rows(self, first: int, count: int) -> Batch:
+        """The run's rows first..first+count-1, counted over all its steps."""
+        rows = (self.tokens.total - 1) // self.seq_len
+        stride = orders.spread_stride(rows)
+        parts = [as_rows(np.zeros(1), self.seq_len)]     # no rows, for a rank that has none
+        for row in range(first, first + count):
+            place = row * stride % rows * self.seq_len
+            parts.append(as_rows(self.tokens.stream(place, self.seq_len + 1), self.seq_len))
+        inputs, targets = zip(*parts)
+        return np.concatenate(inputs), np.concatenate(targets)
 
     def _published_rows(self, step: int, batch_tokens: int, first_row: int, last_row: int) -> Batch:
         rank_rows = batch_tokens // orders.RANKS // self.seq_len

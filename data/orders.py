@@ -14,6 +14,8 @@ the first. The scripts of 2024-10 read a batch, rewind, and read again: steps 0 
 
 Source: the programs in the logs of KellerJordan/modded-nanogpt, records of 2024-06-06 to 2025-01-04.
 """
+import math
+
 import numpy as np
 
 RANKS = 8
@@ -46,3 +48,15 @@ def steps_before_repeat(order: str, counts: np.ndarray, batch_tokens: int) -> in
     """The number of steps until some rank begins again with the first shard."""
     reads = min(int(reads_per_shard(order, counts, batch_tokens, rank).sum()) for rank in range(RANKS))
     return reads + 1 if order == "2024-10" else reads
+
+
+def spread_stride(rows: int) -> int:
+    """The step between places that follow each other in order `spread`: about rows / golden ratio, coprime to rows.
+
+    Multiples of the golden ratio's fraction fill a circle as evenly as any (Weyl 1916), and a stride that is coprime to
+    the number of rows meets each of them once before the first comes again.
+    """
+    stride = max(1, round(rows * (math.sqrt(5) - 1) / 2))
+    while math.gcd(stride, rows) != 1:
+        stride += 1
+    return stride

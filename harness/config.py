@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data.loader import DataConfig
-from data.orders import RANKS
+from data.orders import ORDERS, RANKS
 from harness.emit import lines_of
 from model.config import ModelConfig
 from optim.groups import REST, Group
@@ -111,7 +111,7 @@ class Config:
                    f"{self.batch_tokens}; lower it or leave it null")
         unit = RANKS * self.seq_len
         uneven = self.batch_tokens % self.seq_len == 0 and self.batch_tokens % unit > 0
-        if self.data.order != "continuous" and uneven:
+        if self.data.order in ORDERS and uneven:
             yield (f"batch_tokens {self.batch_tokens} is not a multiple of {RANKS} x seq_len {self.seq_len}, "
                    f"but data.order {self.data.order} is that of a script on {RANKS} GPUs; "
                    f"{_nearest(self.batch_tokens, unit)}, or data.order: continuous")

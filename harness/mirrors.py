@@ -37,18 +37,19 @@ class WeightsAndBiases:
     """Mirrors the log to wandb under the metric names the ecosystem uses; WANDB_MODE=offline works."""
 
     NAMES = {"train_loss": "train/loss", "val_loss": "val/loss", "val_loss_avg": "val/loss_avg", "lr": "train/lr",
-             "grad_norm": "train/grad_norm", "train_s": "time/training_s"}
+             "grad_norm": "train/grad_norm"}
 
     def __init__(self, directory: Path, config: Config):
         import wandb
         import yaml
         self.run = wandb.init(project=config.name, name=directory.name, id=directory.name, resume="allow",
                               dir=directory, config=yaml.safe_load(to_yaml(config)))
-        wandb.define_metric("step")
-        wandb.define_metric("*", step_metric="step")
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, **values) -> None:
-        self.run.log({"step": step, **{self.NAMES.get(key, key): value for key, value in values.items()}})
+    def write(self, step: int, train_s: float, **values) -> None:
+        self.run.log({"step": step, "time/training_time_ms": 1e3 * train_s,
+                      **{self.NAMES[key]: value for key, value in values.items()}})
 
     def close(self) -> None:
         self.run.finish()

@@ -1,4 +1,5 @@
 """What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+import atexit
 import sys
 import time
 
@@ -21,6 +22,7 @@ class Progress:
             self.bar = Bar(TextColumn("{task.completed:>6}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
             self.task = self.bar.add_task("warming up", total=steps)
             self.bar.start()
+            atexit.register(self.close)                          # gives the cursor back however the run ends
 
     def say(self, text: str) -> None:
         """A line that stays."""

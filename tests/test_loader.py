@@ -39,7 +39,7 @@ def counts_of(paths):
 
 # ---------------------------------------------------------------- every order
 
-@pytest.mark.parametrize("order", ["continuous", *PUBLISHED])
+@pytest.mark.parametrize("order", ["continuous", "spread", *PUBLISHED])
 def test_targets_are_inputs_shifted_by_one_token(shards, order):
     inputs, targets = batch(TrainLoader(shards, order, SEQ, 65536), 3)
     assert inputs.shape == targets.shape == (BATCH // SEQ, SEQ) and inputs.dtype == targets.dtype == np.int64
@@ -47,7 +47,7 @@ def test_targets_are_inputs_shifted_by_one_token(shards, order):
     assert not np.shares_memory(inputs, targets)
 
 
-@pytest.mark.parametrize("order", ["continuous", *PUBLISHED])
+@pytest.mark.parametrize("order", ["continuous", "spread", *PUBLISHED])
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8, 24, 30])
 def test_the_rows_of_all_ranks_together_are_the_rows_of_one(shards, order, world):
     loader = TrainLoader(shards, order, SEQ, 65536, repeat=True)
@@ -58,7 +58,7 @@ def test_the_rows_of_all_ranks_together_are_the_rows_of_one(shards, order, world
             assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
 
 
-@pytest.mark.parametrize("order", ["continuous", *PUBLISHED])
+@pytest.mark.parametrize("order", ["continuous", "spread", *PUBLISHED])
 def test_a_batch_depends_on_nothing_that_was_read_before(shards, order):
     used, steps = TrainLoader(shards, order, SEQ, 65536, repeat=True), [7, 0, 23, 7, 1, 90, 2]
     for step in steps:
@@ -236,7 +236,7 @@ def test_a_published_order_needs_one_whole_batch_in_every_shard(tmp_path, order,
 
 # ---------------------------------------------------------------- enough data
 
-@pytest.mark.parametrize("order", ["continuous", *PUBLISHED])
+@pytest.mark.parametrize("order", ["continuous", "spread", *PUBLISHED])
 def test_a_run_may_take_as_many_steps_as_read_nothing_twice_and_no_more(shards, order):
     loader = TrainLoader(shards, order, SEQ, 65536)
     steps = loader.steps_before_repeat(BATCH)
@@ -249,7 +249,7 @@ def test_a_run_may_take_as_many_steps_as_read_nothing_twice_and_no_more(shards, 
         assert words in message
     assert "\n" not in message
     TrainLoader(shards, order, SEQ, 65536, repeat=True).check_enough(10 * steps, BATCH)
-    if order != "continuous":
+    if order in PUBLISHED:
         firsts = [batch(loader, step)[0].reshape(8, -1)[:, 0] for step in range(steps + 1)]
         seen = [len({int(first[rank]) for first in firsts[:-1]}) for rank in range(8)]
         assert seen == [steps - (order == "2024-10")] * 8
@@ -299,7 +299,7 @@ def test_the_configuration_refuses_unknown_keys_and_unknown_orders():
     for more in ('"ordr": "2024-06"', '"order": "2024-07"', '"repeat": 1', '"tokenizer": "bpe"', '"val": 3'):
         with pytest.raises(ValidationError):
             adapter.validate_json(f"{good[:-1]}, {more}}}", strict=True)
-    assert set(PUBLISHED) | {"continuous"} == set(DataConfig.__dataclass_fields__["order"].type.__args__)
+    assert set(PUBLISHED) | {"continuous", "spread"} == set(DataConfig.__dataclass_fields__["order"].type.__args__)
 
 
 def test_the_configuration_is_imported_without_torch_or_tiktoken():
@@ -371,3 +371,13 @@ def test_the_prefetcher_copies_from_pinned_memory_to_the_gpu():
             (inputs, targets), = prefetcher.get(step)
             assert inputs.is_cuda and (inputs == step).all() and (targets == step + 1).all()
         assert prefetcher.ahead[1].result()[0][0].is_pinned()
+
+
+def test_spread_rows_meet_every_row_once_and_those_of_a_batch_lie_far_apart(shards):
+    loader = TrainLoader(shards, "spread", SEQ, 65536)
+    rows, per_batch = (loader.tokens.total - 1) // SEQ, BATCH // SEQ
+    steps = loader.steps_before_repeat(BATCH)
+    places = np.array([batch(loader, step)[0][:, 0] // SEQ for step in range(steps)])      # the token is its position
+    assert len(np.unique(places)) == places.size > 0.9 * rows
+    gaps = np.diff(np.sort(np.concatenate([places, places.min(axis=1, keepdims=True) + rows], axis=1)), axis=1)
+    assert gaps.min() > rows / per_batch / 3

@@ -82,6 +82,31 @@ def test_compilation_changes_only_rounding(tiny):
         assert compiled[key] == pytest.approx(eager[key], rel=2e-5), key
 
 
+def test_nothing_is_compiled_on_the_clock(tiny, monkeypatch):
+    """The warm-up has met every shape: graphs are counted when the run directory is made and at the end."""
+    import torch._dynamo
+    from harness import rundir
+    counts, create = [], rundir.create
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    monkeypatch.setattr(rundir, "create", lambda *a: counts.append(graphs["unique_graphs"]) or create(*a))
+    train_here("--config", tiny, "compile=true", "average=0.9", "micro_batch_tokens=96", "val_tokens=480", "steps=3")
+    assert counts[0] > 0 and graphs["unique_graphs"] == counts[0]
+
+
+def test_bfloat16_activations_with_a_bfloat16_embedding_follow_the_float32_run(tiny):
+    train_here("--config", tiny)
+    train_here("--config", tiny, "precision=bfloat16", "model.bf16_roles=[embed]", f"runs_dir={tiny.parent / 'half'}")
+    full, half = losses(the_run(tiny)), losses(the_run(tiny, "half"))
+    for key in full:
+        assert half[key] == pytest.approx(full[key], rel=2e-2), key
+    from harness.checkpoint import newest_intact
+    saved = newest_intact(the_run(tiny, "half") / "checkpoints")[1]
+    assert saved["model"]["embed.weight"].dtype == torch.bfloat16
+    assert saved["model"]["head.weight"].dtype == torch.float32
+    assert saved["optimizer"]["embed.weight"]["v"].dtype == torch.float32
+
+
 def test_summed_and_averaged_losses_train_alike_where_the_rule_ignores_scale(tiny):
     """Muon and Adam with a tiny epsilon do not see a factor in the gradient."""
     train_here("--config", tiny, "optim.rest.eps=1e-30")
