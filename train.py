@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------ 3. processes and device
     procs = processes.start(cfg.deterministic)
-    device, clock, stop = procs.device, Clock(procs.device), processes.StopRequest().listen()
+    device, clock, stop = procs.device, Clock(procs.device), processes.StopRequest()
     clock.since = clock_started
     dtype, dtype_reason = processes.activation_dtype(cfg.precision, device)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
@@ -370,6 +370,7 @@ def main(argv: list[str]) -> int:
         if code:
             break
     progress.close()
+    stop.close()
     processes.finish()
     return code
 

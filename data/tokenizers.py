@@ -35,5 +35,5 @@ def by_name(name: str):
 
 
 def count_bytes(name: str, tokens) -> int | None:
-    """Bytes of text that an array of token ids stands for; None where that takes a vocabulary that may have to be fetched."""
+    """Bytes of text that an array of token ids stands for; None where a vocabulary would have to be fetched for it."""
     return int((tokens < 256).sum()) if name == "bytes" else None

@@ -15,13 +15,15 @@ def describe(loaded: Loaded, model: torch.nn.Module) -> str:
     rows = update_table(groups, assign(groups, model.roles(), shapes), shapes)
     lines = [format_resolved(loaded).rstrip(), "",
              "# parameter groups: one update moves a parameter by about (effective lr) x (the rule's direction)",
-             f"# {'group':<12}{'rule':<8}{'tensors':>8}  {'shape':<16}{'lr':>10}{'x shape':>9}{'effective':>11}{'decay':>9}"]
+             f"# {'group':<12}{'rule':<8}{'tensors':>8}  {'shape':<16}{'lr':>10}{'x shape':>9}{'effective':>11}"
+             f"{'decay':>9}"]
     lines += [f"# {r.group:<12}{r.rule:<8}{r.count:>8}  {'x'.join(map(str, r.shape)) or 'scalar':<16}{r.lr:>10.4g}"
               f"{r.multiplier:>9.4g}{r.effective_lr:>11.4g}{r.weight_decay:>9.4g}" for r in rows]
     return "\n".join(lines)
 
 
-def memory_bytes(config: Config, model: torch.nn.Module, micro_tokens: int, world: int, activation: int) -> dict[str, int]:
+def memory_bytes(config: Config, model: torch.nn.Module, micro_tokens: int, world: int,
+                 activation: int) -> dict[str, int]:
     """An estimate of what one rank holds, in bytes, by what for; `activation` is the bytes of one activation.
 
     Activations are counted as torch.compile keeps them for the backward pass: per token and layer about 14 widths and 3
@@ -60,13 +62,14 @@ def report(config: Config, model: torch.nn.Module, train, val) -> int:
     lines = [
         f"configuration   {config.name}: {config.steps} steps of {config.batch_tokens:,} tokens, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters",
-        f"training data   {train.tokens.total:,} tokens present in {len(train.tokens.paths)} shards, {needed:,} needed: headers good",
+        f"training data   {train.tokens.total:,} tokens present in {len(train.tokens.paths)} shards, "
+        f"{needed:,} needed: headers good",
         f"validation      {config.val_tokens:,} tokens, {len(config.validation_steps())} times",
         f"device          {world} x {device_name(device)}, {str(dtype).removeprefix('torch.')} ({reason})",
         f"memory a rank   about {total / 2**30:.1f} GiB of {free / 2**30:.1f}: "
         + ", ".join(f"{key} {value / 2**30:.2f}" for key, value in memory.items()),
-        f"work            {flops:.2e} FLOP" + (f", {flops / peak / world / 0.4 / 3600:.1f} hours at 40% of peak"
-                                              if peak else "; this device's peak is not known, so no time"),
+        f"work            {flops:.2e} FLOP" + (f", {flops / peak / world / 0.4 / 3600:.1f} hours at 40% of peak" if peak
+                                              else "; this device's peak is not known, so no time"),
     ]
     print("\n".join(lines))
     if total > free:

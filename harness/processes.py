@@ -2,7 +2,7 @@
 import os
 import platform
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -97,16 +97,17 @@ def peak_flops(name: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-@dataclass
 class StopRequest:
     """Set by SIGTERM or SIGUSR1; the loop finishes its step, saves and exits with EXIT_REQUEUE."""
-    requested: bool = False
-    previous: dict = field(default_factory=dict)
 
-    def listen(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self.previous[number] = signal.signal(number, self._note)
-        return self
+    def __init__(self):
+        self.requested = False
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _note(self, number, frame) -> None:
         self.requested = True
+
+    def close(self) -> None:
+        """Give the signals back their earlier meaning."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -19,7 +19,8 @@ class Progress:
         self.bar, self.val_loss, self.last_line_at, self.step_s = None, None, 0.0, None
         if shown and sys.stderr.isatty():
             from rich.progress import BarColumn, Progress as Bar, TextColumn
-            self.bar = Bar(TextColumn("{task.completed:>6}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+            counter, text = TextColumn("{task.completed:>6}/{task.total}"), TextColumn("{task.description}")
+            self.bar = Bar(counter, BarColumn(), text)
             self.task = self.bar.add_task("warming up", total=steps)
             self.bar.start()
             atexit.register(self.close)                          # gives the cursor back however the run ends

@@ -82,7 +82,7 @@ class ModelConfig:
     qk_norm: Literal["none", "before_rotary", "after_rotary"] = "none"  # RMSNorm, without gain, of queries and keys
     attn_scale: Positive | None = None  # multiplies the attention scores (null: head_dim^-0.5)
     attn_branch_scale: Positive = 1.0  # multiplies what attention adds to the residual stream
-    value_residual: Literal["none", "fixed", "learned"] = "none"  # mix the first layer's values in (λ = .5, or learned)
+    value_residual: Literal["none", "fixed", "learned"] = "none"  # mix in the first layer's values (λ = .5 or learned)
     embed_shortcut: bool = False  # blocks start from λ0·x + λ1·x0, with x0 the embedding
     unet: bool = False  # blocks of the second half also read their mirror block's output
     activation: Literal["gelu", "gelu_tanh", "relu2"] = "gelu_tanh"  # the MLP's nonlinearity
