@@ -35,6 +35,7 @@ from harness.progress import Progress
 from model.gpt import GPT
 from optim.driver import Optimizer
 from optim.groups import GroupError
+from optim.orthogonalise import iteration_dtype
 
 
 # ---------------------------------------------------------------- the clock: in a speedrun this is the claim
@@ -115,26 +116,28 @@ def main(argv: list[str]) -> int:
     loaded = load(args.config, overrides)
     cfg = loaded.config
     if args.resume not in (None, "auto"):
+        if cfg.trials > 1:
+            raise rundir.ResumeError("--resume DIR names one run: with trials above 1 use --resume auto")
         rundir.where_to_run(args.resume, cfg.runs_dir, config_identity(cfg), several=False)
     with torch.device("meta"):
         sketch = GPT(cfg.model, cfg.seq_len)                          # shapes and roles, no memory
+    preflight.check(cfg, sketch)
     if args.print_config:
         print(preflight.describe(loaded, sketch))
         return 0
 
     # ------------------------------------------------------------ 2. data
-    clock_started = time.perf_counter()
     batch_tokens = [stage(cfg, step).batch_tokens for step in range(cfg.steps)]
     positions = list(accumulate(batch_tokens, initial=0))             # tokens read before each step
     train, val = open_data(cfg.data, cfg.seq_len, cfg.val_tokens, cfg.model.vocab_size)
     train.check_enough(cfg.steps, cfg.batch_tokens)
+    train.rows(0, 0, batch_tokens[0], 0, batch_tokens[0] // cfg.seq_len)          # a wrong vocabulary shows at once
     if args.dry_run:
         return preflight.report(cfg, sketch, train, val)
 
     # ------------------------------------------------------------ 3. processes and device
     procs = processes.start(cfg.deterministic)
     device, clock, stop = procs.device, Clock(procs.device), processes.StopRequest()
-    clock.since = clock_started
     dtype, dtype_reason = processes.activation_dtype(cfg.precision, device)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     if compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -150,13 +153,15 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 5. optimizer
     optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compile=compiled is True)
 
+    ns = [str(iteration_dtype(g.hyper.ns_dtype, device))[6:] for g in cfg.optim if hasattr(g.hyper, "ns_dtype")]
+    ns = f"plain torch in {', '.join(dict.fromkeys(ns))}" if ns else "none"
     peak = processes.peak_flops(processes.device_name(device))
     progress = Progress(cfg.steps, cfg.batch_tokens, model.flops_per_token() * cfg.batch_tokens,
                         peak and peak * procs.world, shown=procs.is_main)
     progress.say(f"{cfg.name}: {sum(p.numel() for p in params.values()):,} parameters, {cfg.steps} steps of "
                  f"{cfg.batch_tokens:,} tokens, {procs.world} x {processes.device_name(device)}\n"
                  f"precision {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention {model.attention_form}; "
-                 f"compiled {'yes' if compiled is True else compiled or 'no'}; orthogonalisation plain torch")
+                 f"compiled {'yes' if compiled is True else compiled or 'no'}; orthogonalisation {ns}")
 
     # ------------------------------------------------------------ 6. a step, and a validation
     micro_rows = (cfg.micro_batch_tokens or cfg.batch_tokens) // cfg.seq_len
@@ -167,8 +172,8 @@ def main(argv: list[str]) -> int:
         return [(i, min(i + micro_rows, last)) for i in range(first, last, micro_rows)]
 
     def read_batch(step: int) -> list:
-        tokens = stage(cfg, step).batch_tokens
-        return [train.rows(step, positions[step], tokens, *run) for run in micro_batches(tokens // cfg.seq_len)]
+        runs = micro_batches(batch_tokens[step] // cfg.seq_len) if step < cfg.steps else []
+        return [train.rows(step, positions[step], batch_tokens[step], *run) for run in runs]
 
     def backward(batch, tokens: int) -> torch.Tensor:
         """Leave the gradient of the batch's loss in .grad; this rank's loss, summed over its tokens."""
@@ -181,7 +186,7 @@ def main(argv: list[str]) -> int:
 
     def train_step(step: int, batch) -> InFlight:
         optimizer.set_hyperparameters(step, cfg.schedule, cfg.steps)
-        loss = backward(batch, stage(cfg, step).batch_tokens)
+        loss = backward(batch, batch_tokens[step])
         return InFlight(step + 1, optimizer.step(step, loss, stop.requested))      # reduce, update, gather
 
     @torch.no_grad()
@@ -196,20 +201,25 @@ def main(argv: list[str]) -> int:
         return total.item() / cfg.val_tokens
 
     # ------------------------------------------------------------ 7. untimed warm-up on dummy data
-    # Compiles every shape of every stage before the weights are drawn, so there is no state to put back.
+    # Compiles every shape of every stage. Weights and optimizer state are made anew for every trial after it.
     clock.enter("warm-up")
     stages = dict.fromkeys(stage(cfg, step) for step in range(cfg.steps))          # distinct, in order
 
     def dummy(rows: int):
-        sizes = {last - first: None for first, last in micro_batches(rows)}
-        tokens = [torch.arange(n * cfg.seq_len, device=device).view(n, -1) % cfg.model.vocab_size for n in sizes]
+        sizes = [last - first for first, last in micro_batches(rows)]
+        tokens = [torch.arange(n * cfg.seq_len, device=device).view(n, -1) % cfg.model.vocab_size
+                  for n in dict.fromkeys(sizes)]
         return [(t, t.clone()) for t in tokens]                       # apart: compilation sees aliases
 
     while True:
         out_of_memory = False
         try:
             for s in stages:
-                backward(dummy(s.batch_tokens // cfg.seq_len), s.batch_tokens)
+                for _ in range(2):                                    # the second finds gradients there, as a step does
+                    backward(dummy(s.batch_tokens // cfg.seq_len), s.batch_tokens)
+            with torch.no_grad():
+                for inputs, targets in dummy(cfg.val_tokens // cfg.seq_len):
+                    forward(inputs, targets)
         except torch.OutOfMemoryError:
             if micro_rows == 1:
                 raise
@@ -223,11 +233,6 @@ def main(argv: list[str]) -> int:
                      f"(to start there: micro_batch_tokens={micro_rows * cfg.seq_len})")
     optimizer.set_hyperparameters(0, cfg.schedule, cfg.steps)
     optimizer.step(0, torch.zeros((), device=device))
-    with torch.no_grad():
-        for inputs, targets in dummy(cfg.val_tokens // cfg.seq_len):
-            forward(inputs, targets)
-
-    bytes_validated = count_bytes(cfg.data.tokenizer, val.rows(0, val.row_count)[1]) if procs.is_main else None
 
     def run_trial(cfg: Config, several: bool) -> int:
         """One run with one seed, in its own directory; the exit code."""
@@ -244,13 +249,17 @@ def main(argv: list[str]) -> int:
                 activation_dtype=str(dtype), compiled=compiled is True, attention=model.attention_form,
                 train_data=fingerprint(train.tokens.paths), val_data=fingerprint(val.tokens.paths)))
         directory = Path(procs.broadcast(str(directory)))
+        lock = rundir.hold(directory) if procs.is_main else None      # no second process continues this run meanwhile
         model.init_weights(cfg.seed)
         optimizer.reset()
         start, target, clock.ledger = 0, {}, {k: clock.ledger.get(k, 0.0) for k in ("setup", "warm-up")}
-        saved = checkpoint.newest_intact(directory / "checkpoints") if resumed else None
-        if saved is not None:
-            path, content = saved
+        newest = checkpoint.newest_intact(directory / "checkpoints") if resumed and procs.is_main else None
+        path = procs.broadcast(newest and newest[0])                  # rank 0 chooses: all must take the same one
+        if path is not None:
+            content = newest[1] if newest else checkpoint.load(path)
             start, target = content["step"], content["target"]
+            if content["micro_batch_rows"] != micro_rows:
+                progress.say(f"micro-batch {micro_rows} rows, was {content['micro_batch_rows']}: rounding differs")
             clock.ledger = {k: clock.ledger.get(k, 0.0) + s for k, s in content["ledger"].items()}
             with torch.no_grad():
                 for name, p in params.items():
@@ -260,13 +269,15 @@ def main(argv: list[str]) -> int:
             progress.say(f"resumed at step {start} from {path}")
         elif resumed:
             progress.say(f"resumed at step 0: {directory} has no intact checkpoint")
-        sinks = open_sinks(directory, cfg, start if resumed else None, progress.say) if procs.is_main else []
+        sinks = (open_sinks(directory, cfg, start if resumed else None, clock.train_s, progress.say)
+                 if procs.is_main else [])
         progress.say(f"run directory {directory}")
 
         def save(step: int) -> Path:
             clock.enter("checkpoint")
             content = dict(step=step, seed=cfg.seed, identity=identity, target=target, ledger=dict(clock.ledger),
-                           position=positions[step], rng=torch.get_rng_state(), optimizer=optimizer.state_dict(),
+                           position=positions[step], micro_batch_rows=micro_rows, rng=torch.get_rng_state(),
+                           optimizer=optimizer.state_dict(),
                            model={name: p.detach().cpu() for name, p in params.items()})
             where = directory / "checkpoints" / f"step_{step:06d}.pt"
             if procs.is_main:
@@ -303,6 +314,8 @@ def main(argv: list[str]) -> int:
             if cfg.average is not None:
                 with optimizer.averaged_weights():
                     losses["val_loss_avg"] = val_loss()
+            if not all(map(math.isfinite, losses.values())):
+                raise NotFinite(step)
             judged = losses["val_loss_avg" if cfg.target_on == "average" else "val_loss"]
             if cfg.target_val_loss is not None and not target and judged <= cfg.target_val_loss:
                 target.update(step=step, train_s=clock.train_s)
@@ -325,7 +338,7 @@ def main(argv: list[str]) -> int:
                         stopping, in_flight = note(in_flight) or stopping, None
                     if stopping:
                         break
-                    if step in save_at and step > start:
+                    if step in save_at and start < step < cfg.steps:
                         save(step)
                     if step in validate_at:
                         last = validate(step)
@@ -338,24 +351,26 @@ def main(argv: list[str]) -> int:
                     stopping = note(before)
         except NotFinite as bad:                                      # raised on every rank at the same step
             where = save(bad.step)
-            culprit = name_culprit(procs, model, prefetcher.get(bad.step))
             if procs.is_main:
                 summary("not_finite", bad.step, **last)
+            culprit = name_culprit(procs, model, prefetcher.get(min(bad.step, cfg.steps - 1)))
+            if procs.is_main:
                 print(f"error: step {bad.step + 1}: {culprit} is not finite; nothing was written from it; the state "
                       f"from before it is in {where}", file=sys.stderr)
             return processes.EXIT_NOT_FINITE
         finally:
             prefetcher.close()
+            for held in (*sinks, lock) if procs.is_main else ():
+                held.close()
 
         # -------------------------------------------------------- 10. the end: finished, or stopped by a signal
         where = save(step)
-        if "val_loss" in last and bytes_validated:
-            last["val_bits_per_byte"] = last["val_loss"] * cfg.val_tokens / bytes_validated / math.log(2)
         if procs.is_main:
-            summary("stopped" if stopping else "finished", step, **last)
-            for sink in sinks:
-                sink.close()
+            if "val_loss" in last and cfg.data.tokenizer == "bytes":
+                text_bytes = count_bytes(val.rows(0, val.row_count)[1])
+                last["val_bits_per_byte"] = last["val_loss"] * cfg.val_tokens / text_bytes / math.log(2)
             draw(directory, cfg.target_val_loss)
+            summary("stopped" if stopping else "finished", step, **last)
         if stopping:
             progress.say(f"stopped by a signal after step {step}, saved in {where}; continue with --resume {directory}")
             return processes.EXIT_REQUEUE

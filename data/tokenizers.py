@@ -34,6 +34,6 @@ def by_name(name: str):
     return known[name]()
 
 
-def count_bytes(name: str, tokens) -> int | None:
-    """Bytes of text that an array of token ids stands for; None where a vocabulary would have to be fetched for it."""
-    return int((tokens < 256).sum()) if name == "bytes" else None
+def count_bytes(tokens) -> int:
+    """Bytes of text that an array of byte-level token ids stands for (an end of text stands for none)."""
+    return int((tokens < 256).sum())

@@ -49,14 +49,27 @@ def save(directory: Path, step: int, content: dict, keep: int) -> Path:
         _flush_to_disk(f)
     os.replace(digest_part, f"{final}.sha256")
     os.replace(part, final)
-    for old in steps_newest_first(directory)[keep:]:
+    _flush_names_to_disk(directory)
+    for old in [path for path in steps_newest_first(directory) if step_of(path) < step][max(0, keep - 1):]:
         old.unlink()
         Path(f"{old}.sha256").unlink(missing_ok=True)
     return final
 
 
+def _flush_names_to_disk(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def steps_newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step_*.pt"), reverse=True)
+    return sorted(directory.glob("step_*.pt"), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
 
 
 def load(path: Path) -> dict:
@@ -75,10 +88,11 @@ def load(path: Path) -> dict:
 
 
 def newest_intact(directory: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, naming each damaged one that is passed over; None if there is none."""
+    """The newest checkpoint that is whole; None if there is none. Damaged ones are named and renamed to *.damaged."""
     for path in steps_newest_first(directory):
         try:
             return path, load(path)
         except DamagedCheckpoint as damage:
             warnings.warn(f"damaged checkpoint passed over: {damage}")
+            os.replace(path, f"{path}.damaged")
     return None

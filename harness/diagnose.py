@@ -18,9 +18,10 @@ def name_culprit(procs: Processes, model: nn.Module, batch: list) -> str:
     model.zero_grad(set_to_none=True)
     losses = []
     for inputs, targets in batch:
-        loss = model(inputs, targets)
-        loss.backward()
-        losses.append(loss.detach())
+        for row in range(len(inputs)):                  # row by row: uncompiled, a whole micro-batch may not fit
+            loss = model(inputs[row:row + 1], targets[row:row + 1])
+            loss.backward()
+            losses.append(loss.detach())
     named = list(model.named_parameters())
     for name, p in named:
         if procs.all_max(float(not p.detach().isfinite().all())):

@@ -5,7 +5,7 @@ Every sink has `write(step=..., ...)` for a training step (train_loss) or a vali
 from pathlib import Path
 
 from harness.config import Config, to_yaml
-from harness.rundir import Log
+from harness.rundir import Log, write_text
 
 
 class SpeedrunLines:
@@ -14,9 +14,13 @@ class SpeedrunLines:
     step_avg is the mean over the steps since the last validation, as in those logs.
     """
 
-    def __init__(self, path: Path, steps: int, say):
+    def __init__(self, path: Path, steps: int, say, resumed_at: int | None, train_s: float):
+        if resumed_at is not None and path.exists():             # the validation at that step is done again
+            kept = [line for line in path.read_text().splitlines()
+                    if int(line.removeprefix("step:").partition("/")[0]) < resumed_at]
+            write_text(path, "".join(line + "\n" for line in kept))
         self.file, self.steps, self.say = open(path, "a", buffering=1), steps, say
-        self.since_step, self.since_s = 0, 0.0
+        self.since_step, self.since_s = resumed_at or 0, train_s
 
     def write(self, step: int, train_s: float, **values) -> None:
         if "val_loss" not in values:
@@ -55,11 +59,11 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def open_sinks(directory: Path, config: Config, resumed_at: int | None, say) -> list:
-    """The sinks of one run; resumed_at is the step it continues from, None for a new run."""
+def open_sinks(directory: Path, config: Config, resumed_at: int | None, train_s: float, say) -> list:
+    """The sinks of one run that continues from step resumed_at (None: a new one) with train_s on its clock."""
     sinks = [Log(directory / "log.jsonl", resumed_at)]
     if "speedrun" in config.log:
-        sinks.append(SpeedrunLines(directory / "speedrun.txt", config.steps, say))
+        sinks.append(SpeedrunLines(directory / "speedrun.txt", config.steps, say, resumed_at, train_s))
     if "wandb" in config.log:
         sinks.append(WeightsAndBiases(directory, config))
     return sinks

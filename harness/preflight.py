@@ -4,9 +4,31 @@ import os
 import torch
 
 from harness.config import Config
-from harness.load import Loaded, format_resolved
+from harness.load import ConfigError, Loaded, format_resolved
 from harness.processes import activation_dtype, device_name, peak_flops
 from optim.groups import assign, update_table
+
+
+def check(config: Config, model: torch.nn.Module) -> None:
+    """Refuse what only the model's parameters and the number of ranks can show; `model` may be on "meta".
+
+    Raises:
+        GroupError, ConfigError: one line a problem.
+    """
+    params = dict(model.named_parameters())
+    assignment = assign(config.optim, model.roles(), {name: tuple(p.shape) for name, p in params.items()})
+    for group in config.optim:
+        for name in assignment[group.name]:
+            p = params[name]
+            slot = torch.empty(p.numel() if group.hyper.elementwise else (1, *p.shape), device="meta")
+            try:
+                group.hyper.init(slot)
+            except ValueError as error:
+                raise ConfigError(f"optim.{group.name}: {name}: {error}") from None
+    ranks, rows = int(os.environ.get("WORLD_SIZE", 1)), config.batch_tokens // config.seq_len
+    if ranks > rows:
+        raise ConfigError(f"{ranks} ranks, but a batch of {config.batch_tokens} tokens has {rows} rows of seq_len "
+                          f"{config.seq_len}: use at most {rows} ranks, or shorter rows")
 
 
 def describe(loaded: Loaded, model: torch.nn.Module) -> str:
@@ -56,7 +78,7 @@ def report(config: Config, model: torch.nn.Module, train, val) -> int:
     micro_tokens = min(config.micro_batch_tokens or rank_tokens, rank_tokens)
     memory = memory_bytes(config, model, micro_tokens, world, 2 if dtype == torch.bfloat16 else 4)
     total = sum(memory.values())
-    free = torch.cuda.mem_get_info()[1] if device.type == "cuda" else _host_memory()
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _host_memory()
     flops = model.flops_per_token() * config.steps * config.batch_tokens
     peak = peak_flops(device_name(device))
     lines = [

@@ -49,7 +49,7 @@ def start(deterministic: bool = False) -> Processes:
     else:
         device = torch.device("cpu")
         if local_world > 1:          # torchrun sets OMP_NUM_THREADS=1 then, which leaves cores idle: share them out
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+            torch.set_num_threads(max(1, _cores() // local_world))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -57,6 +57,10 @@ def start(deterministic: bool = False) -> Processes:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
     return Processes(rank, world, device)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def finish() -> None:
@@ -88,7 +92,8 @@ def device_name(device: torch.device) -> str:
 
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendor datasheets, without sparsity).
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
 
 

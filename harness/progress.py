@@ -17,7 +17,7 @@ class Progress:
         self.steps, self.batch_tokens, self.shown = steps, batch_tokens, shown
         self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
         self.bar, self.val_loss, self.last_line_at, self.step_s = None, None, 0.0, None
-        if shown and sys.stderr.isatty():
+        if shown and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress as Bar, TextColumn
             counter, text = TextColumn("{task.completed:>6}/{task.total}"), TextColumn("{task.description}")
             self.bar = Bar(counter, BarColumn(), text)
@@ -28,7 +28,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.shown:
-            print(text, flush=True) if self.bar is None else self.bar.console.print(text, highlight=False)
+            print(text, flush=True) if self.bar is None else self.bar.console.print(text, highlight=False, markup=False)
 
     def step(self, step: int, train_loss: float, step_s: float) -> None:
         """After `step` completed updates, the last of which took step_s seconds."""

@@ -3,12 +3,13 @@
     runs/<name>-<seed>-<time>/
         config.yaml      the resolved configuration: `train.py --config` takes it again
         env.json         versions, devices, git revision, command
-        source/          the project's own source: `python source/train.py --config config.yaml` runs it again
+        source/          the project's own: `python RUN/source/train.py --config RUN/config.yaml` repeats the run
         log.jsonl        an object a step (train_loss, train_s, ...) and one a validation (val_loss, ...)
         summary.json     the result and the clock's ledger, with `status`
         checkpoints/     step_*.pt
         curve.png
 """
+import fcntl
 import json
 import os
 import platform
@@ -138,6 +139,8 @@ def where_to_run(resume: str | None, runs_dir: str, identity: str, several: bool
     if recorded != identity:
         raise ResumeError(f"--resume {resume}: that run has another configuration (see its config.yaml); "
                           f"start a new run, or leave out what differs")
+    if is_held(Path(resume)):
+        raise ResumeError(f"--resume {resume}: another process is running this run")
     return resume, True
 
 
@@ -145,15 +148,34 @@ class ResumeError(ValueError):
     """--resume names something that cannot be continued."""
 
 
+def hold(directory: Path):
+    """Lock the run for as long as the returned file is open; the system gives it back however the process ends."""
+    file = open(directory / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ResumeError(f"{directory}: another process is running this run") from None
+    return file
+
+
+def is_held(directory: Path) -> bool:
+    try:
+        hold(directory).close()
+    except ResumeError:
+        return True
+    return False
+
+
 def find(runs_dir: str, identity: str, status: tuple[str, ...]) -> Path | None:
     """The newest run directory of this configuration identity whose status is one of `status`.
 
-    A run without summary.json was cut off and counts as "running".
+    A run without summary.json was cut off and counts as "running"; one that another process is running is left out.
     """
     candidates = []
     for env in Path(runs_dir).glob("*/env.json"):
         try:
-            if json.loads(env.read_text()).get("identity") == identity and state_of(env.parent) in status:
+            if json.loads(env.read_text()).get("identity") == identity \
+                    and state_of(env.parent) in status and not is_held(env.parent):
                 candidates.append((env.stat().st_mtime_ns, env.parent))
         except (OSError, json.JSONDecodeError):
             continue

@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from optim.groups import Group, assign
 
 
+# torch 2.13 renames the two; 2.11 has only the older names.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class StepReport(NamedTuple):
     """What a step says about itself, as 0-d float64 tensors on the device, equal on every rank."""
     loss: Tensor                                # summed over the batch's tokens, nats
@@ -76,14 +81,14 @@ class Bank:
         if self.world == 1:
             return stacked, None
         share = torch.empty_like(self.mine, dtype=stacked.dtype)
-        return share, dist.reduce_scatter_tensor(share, stacked, async_op=True)
+        return share, reduce_scatter(share, stacked, async_op=True)
 
     def gather(self, share: Tensor) -> Tensor:
         """Every rank's share of a tensor that is cut as the bank is, whole."""
         if self.world == 1:
             return share
         full = share.new_empty(share.shape[0] * self.world, *share.shape[1:])
-        dist.all_gather_into_tensor(full, share.contiguous())
+        all_gather(full, share.contiguous())
         return full
 
     def share_of(self, full: Tensor, rank: int) -> Tensor:
@@ -132,7 +137,7 @@ class Optimizer:
         self.averaged_steps = 0
         self._update = guarded_update
         if compile:                             # a graph a bank; past its default limit of 8 dynamo would run eagerly
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(self.banks))
+            torch._dynamo.config.recompile_limit = max(64, 2 * len(self.banks))
             self._update = torch.compile(guarded_update, dynamic=False)
 
     def _alike(self, group: Group) -> list[list[str]]:
@@ -178,27 +183,28 @@ class Optimizer:
         for bank, g in zip(self.banks, shares):
             h = self.varying[bank.group.name]
             self._update(bank.group.hyper, bank.mine, g, bank.state, h, clip, self.ok, bank.average, self.decay or 0.)
-            if refresh := getattr(bank.group.hyper, "refresh", None):
-                refresh(bank.state, step)
+            if hasattr(bank.group.hyper, "refresh") and bank.group.hyper.refresh_due(step) and self.ok:
+                bank.group.hyper.refresh(bank.state)                   # seldom, and waits for the device anyway
             if self.world > 1:
-                gathering.append(dist.all_gather_into_tensor(bank.weights, bank.mine.clone(), async_op=True))
+                gathering.append(all_gather(bank.weights, bank.mine.clone(), async_op=True))
         for handle in gathering:
             handle.wait()
         self.averaged_steps = step + 1
         return StepReport(report[0], norm, self.ok.double(), report[2])
 
-    @torch.no_grad()
     @contextmanager
     def averaged_weights(self):
         """The parameters hold the bias-corrected weight average inside, their own values again after."""
-        raw = [bank.weights.clone() for bank in self.banks]
-        for bank in self.banks if self.averaged_steps else ():
-            bank.weights.copy_(bank.gather(bank.average / (1 - self.decay ** self.averaged_steps)))
+        with torch.no_grad():
+            raw = [bank.weights.clone() for bank in self.banks]
+            for bank in self.banks if self.averaged_steps else ():
+                bank.weights.copy_(bank.gather(bank.average / (1 - self.decay ** self.averaged_steps)))
         try:
             yield
         finally:
-            for bank, weights in zip(self.banks, raw):
-                bank.weights.copy_(weights)
+            with torch.no_grad():
+                for bank, weights in zip(self.banks, raw):
+                    bank.weights.copy_(weights)
 
     def reset(self) -> None:
         """State as before the first step; the weights stay as they are."""
@@ -222,7 +228,7 @@ class Optimizer:
                 full = bank.gather(share)
                 pieces = bank.split(full) if bank.group.hyper.elementwise else full[:bank.used]
                 for name, piece in zip(bank.params, pieces):
-                    whole[name][key] = piece.cpu().clone()
+                    whole[name][key] = piece.detach().to("cpu", copy=True)
         return whole
 
     def load_state_dict(self, whole: dict[str, dict[str, Tensor]], step: int) -> None:

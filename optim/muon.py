@@ -40,7 +40,7 @@ class Muon:
     nesterov: bool = True                                # look ahead: mix the gradient in once more
     ns_coefficients: Preset = "kj5"                      # polynomials of the Newton-Schulz steps
     ns_steps: Annotated[int, Field(gt=0)] | None = None  # Newton-Schulz steps; null: the preset's own number
-    ns_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of its products; auto: bfloat16 on CUDA only
+    ns_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of its products; auto: bfloat16 where fast
     scale: Literal["spectral", "unclamped", "rms", "rms1", "none"] = "spectral"  # shape factor s on lr
     weight_decay: Annotated[float, Field(ge=0)] = 0.0    # λ, times what `decay` says
     decay: Literal["lr", "lr2", "scaled"] = "lr"         # weight decay per step: ηλ, η²λ or ηsλ

@@ -97,11 +97,13 @@ class SPlus:
         if "right" in state:
             state["right"].lerp_(G.mT @ G, 1 - self.betas[1])
 
-    def refresh(self, state: dict[str, Tensor], step: int) -> None:
-        """New eigenbases if due, on the host; called after the update that follows `step` completed ones."""
+    def refresh_due(self, step: int) -> bool:
+        """Whether new eigenbases are due after the update that follows `step` completed ones."""
         t = step + 1
-        if t > 1 and t % self.inverse_every:
-            return
+        return self.preconditioned and (t == 1 or t % self.inverse_every == 0)
+
+    def refresh(self, state: dict[str, Tensor]) -> None:
+        """New eigenbases from the sides; on the host, after the update."""
         for side in ("left", "right"):
             if side in state:
                 state["q_" + side].copy_(eigenbases(state[side], state["q_" + side]))

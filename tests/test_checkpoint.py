@@ -53,3 +53,20 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_new_name(tmp_path, 
 
 def test_an_empty_directory_has_no_checkpoint(tmp_path):
     assert newest_intact(tmp_path) is None
+
+
+def test_damaged_files_are_moved_aside_and_never_cost_a_good_one(tmp_path):
+    """Two damaged checkpoints of later steps do not count among those to keep."""
+    for step in (20, 24):
+        save(tmp_path, step, content(step), keep=2).write_bytes(b"")
+    with pytest.warns(UserWarning):
+        assert newest_intact(tmp_path) is None
+    assert save(tmp_path, 5, content(5), keep=1).exists()
+    assert newest_intact(tmp_path)[1]["step"] == 5
+    assert len(list(tmp_path.glob("*.damaged"))) == 2
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step, content(step), keep=1)
+    assert [p.name for p in steps_newest_first(tmp_path)] == ["step_1000000.pt"]

@@ -17,7 +17,7 @@ from optim.splus import SPlus
 
 FLAT = Schedule(shape="wsd", cooldown_steps=0)
 GROUPS = (Group(name="hidden", params=("q", "mlp_in"), rule="muon", hyper=Muon(lr=0.02, ns_dtype="float32")),
-          Group(name="whitened", params=("attn_out",), rule="splus", hyper=SPlus(lr=0.1)),
+          Group(name="whitened", params=("attn_out",), rule="splus", hyper=SPlus(lr=0.1, inverse_every=3)),
           Group(name="rest", params=("rest",), rule="adamw", hyper=AdamW(lr=0.01, weight_decay=0.1)))
 
 

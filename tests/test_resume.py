@@ -115,3 +115,27 @@ def test_naming_the_run_of_another_configuration_is_refused(tiny):
     train_here("--config", tiny)
     done = train_elsewhere("--config", tiny, "seed=9", "--resume", the_run(tiny))
     assert done.returncode == 2 and "another configuration" in done.stderr
+
+
+def test_a_run_that_is_going_on_is_left_alone(tiny):
+    """Two processes must not continue one run: auto starts anew, naming it is refused."""
+    process = spawn("--config", tiny, *LONG, "steps=2000", "data.repeat=true")
+    interrupt_after(process, tiny, 2, 0)                                     # signal 0 does nothing: it is running
+    live = the_run(tiny)
+    named = train_elsewhere("--config", tiny, *LONG, "steps=2000", "data.repeat=true", "--resume", live)
+    from harness.rundir import find
+    identity = json.loads((live / "env.json").read_text())["identity"]
+    assert named.returncode == 2 and "another process" in named.stderr
+    assert find(str(live.parent), identity, ("running",)) is None
+    process.kill()
+    process.communicate()
+    assert find(str(live.parent), identity, ("running",)) == live            # the lock went with the process
+
+
+def test_speedrun_lines_are_not_repeated_by_a_resumed_run(tiny):
+    process = spawn("--config", tiny, *LONG, "log=[speedrun]")
+    interrupt_after(process, tiny, 13, signal.SIGKILL)
+    process.communicate()
+    train_here("--config", tiny, *LONG, "log=[speedrun]", "--resume", "auto")
+    lines = (the_run(tiny) / "speedrun.txt").read_text().splitlines()
+    assert [int(line.split("/")[0].removeprefix("step:")) for line in lines] == [0, 6, 12, 18, 24]

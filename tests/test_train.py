@@ -12,7 +12,7 @@ def test_a_run_learns_and_leaves_a_complete_directory(tiny):
     assert train_here("--config", tiny, "target_val_loss=4.0", "checkpoint_every=5") == 0
     run = the_run(tiny)
     assert {p.name for p in run.iterdir()} == {"config.yaml", "env.json", "source", "log.jsonl", "summary.json",
-                                               "checkpoints", "curve.png"}
+                                               "checkpoints", "curve.png", ".lock"}
     recorded = losses(run)
     assert [s for kind, s in recorded if kind == "train"] == list(range(1, 13))
     assert [s for kind, s in recorded if kind == "val"] == [0, 4, 8, 12]
@@ -214,9 +214,25 @@ def test_print_config_names_the_source_of_every_value_and_the_update_scales(tiny
 
 @pytest.mark.parametrize("argument, message", [
     ("stepz=3", "stepz"), ("optim.hidden.lr=fast", "optim.hidden.lr"), ("model.vocab_size=32", "vocabulary"),
-    ("data.train=nothing_*.bin", "nothing_"), ("--resume=/nowhere", "/nowhere")])
+    ("data.train=nothing_*.bin", "nothing_"), ("optim.rest.params=[head]", "in no group"), ("--resume=/nowhere", "/nowhere")])
 def test_bad_input_is_one_clear_line_and_exit_code_2(tiny, argument, message):
     done = train_elsewhere("--config", tiny, argument)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
     assert not (tiny.parent / "runs").exists()
+
+
+def test_more_ranks_than_rows_are_refused_before_anything_starts(tiny):
+    done = train_elsewhere("--config", tiny, "seq_len=128", "val_tokens=512", ranks=3)
+    assert done.returncode != 0 and "3 ranks, but a batch of 256 tokens has 2 rows" in done.stderr
+    assert not (tiny.parent / "runs").exists()
+
+
+def test_a_last_update_that_ruins_the_weights_is_no_finished_run(tiny, capsys):
+    """The gradient of the last step is good, the weights it leads to are not: the validation shows it."""
+    points = "[{step: 10, value: 1}, {step: 11, value: 1e38}]"
+    assert train_here("--config", tiny, "schedule.shape=piecewise", "schedule.cooldown_frac=null",
+                      f"schedule.points={points}") == 3
+    assert json.loads((the_run(tiny) / "summary.json").read_text())["status"] == "not_finite"
+    assert "is not finite" in capsys.readouterr().err
+    assert "NaN" not in (the_run(tiny) / "log.jsonl").read_text()
