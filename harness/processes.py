@@ -1,4 +1,5 @@
 """Start-up and end of the processes of a run: ranks, device, threads, precision, signals."""
+import ctypes
 import os
 import platform
 import signal
@@ -48,6 +49,7 @@ def start(deterministic: bool = False) -> Processes:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
         if local_world > 1:          # torchrun sets OMP_NUM_THREADS=1 then, which leaves cores idle: share them out
             torch.set_num_threads(max(1, _cores() // local_world))
     if deterministic:
@@ -61,6 +63,21 @@ def start(deterministic: bool = False) -> Processes:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next step instead of giving them back to the system.
+
+    Every step frees and allocates the same activations; mapping them anew costs page faults, which took a third of the
+    demo's forward pass (18.5 ms against 11.9 with this, two cores). Nothing happens with another C library.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                       # <malloc.h>
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def finish() -> None:

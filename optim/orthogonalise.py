@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+CPU_HAS_AMX = torch.cpu._is_amx_tile_supported()         # asked once: in a compiled update it breaks the graph
+
 
 class Coefficients(NamedTuple):
     """Polynomials of one Newton-Schulz variant."""
@@ -99,6 +101,6 @@ def iteration_dtype(name: str, device: torch.device) -> torch.dtype:
         8×512×128   5.1 → 1.7    4.8 → 21.5     7.6 → 248
     """
     if name == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+        fast = device.type == "cuda" or (device.type == "cpu" and CPU_HAS_AMX)
         return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

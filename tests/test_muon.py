@@ -116,8 +116,8 @@ def test_both_momentum_forms_walk_the_same_path_while_momentum_is_constant():
     assert torch.allclose(*paths, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule, rms", [(Muon(scale="rms", ns_coefficients="exact12"), .2),
-                                       (Muon(scale="rms1", ns_coefficients="exact12"), 1.)])
+@pytest.mark.parametrize("rule, rms", [(Muon(scale="rms", ns_coefficients="exact12", ns_dtype="float32"), .2),
+                                       (Muon(scale="rms1", ns_coefficients="exact12", ns_dtype="float32"), 1.)])
 def test_rms_scales_make_steps_of_that_rms(rule, rms):
     for shape in ((2, 32, 8), (2, 8, 32), (2, 16, 16)):
         W = torch.zeros(shape)

@@ -114,8 +114,10 @@ def test_tall_matrices_cost_no_more_than_wide_ones():
     assert flops[0] == flops[1] == 3 * 5 * (4 * 64 * 16 ** 2 + 2 * 16 ** 3)           # 3 matrices, 5 steps
 
 
-def test_auto_is_bfloat16_on_cuda_and_float32_on_the_cpu():
+@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_is_fast_in_it(monkeypatch, amx, dtype):
+    monkeypatch.setattr("optim.orthogonalise.CPU_HAS_AMX", amx)
     assert iteration_dtype("auto", torch.device("cuda", 0)) is torch.bfloat16
-    assert iteration_dtype("auto", torch.device("cpu")) is torch.float32
+    assert iteration_dtype("auto", torch.device("cpu")) is dtype
     assert iteration_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     assert iteration_dtype("float32", torch.device("cuda")) is torch.float32
