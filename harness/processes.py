@@ -93,8 +93,10 @@ def activation_dtype(precision: str, device: torch.device) -> tuple[torch.dtype,
         capable = torch.cuda.get_device_capability(device) >= (8, 0)
         reason = "tensor cores take bfloat16" if capable else "no bfloat16 tensor cores before compute capability 8.0"
     else:
-        capable = torch.cpu._is_amx_tile_supported()
-        reason = "the processor has AMX tiles" if capable else "no AMX tiles: bfloat16 would be slower"
+        amx = torch.cpu._is_amx_tile_supported()
+        capable = amx or torch.cpu._is_avx512_bf16_supported()
+        reason = (f"the processor has {'AMX tiles' if amx else 'AVX512-BF16'}" if capable
+                  else "neither AMX tiles nor AVX512-BF16: bfloat16 would be slower")
     return (torch.bfloat16 if capable else torch.float32), reason
 
 

@@ -114,9 +114,9 @@ def test_tall_matrices_cost_no_more_than_wide_ones():
     assert flops[0] == flops[1] == 3 * 5 * (4 * 64 * 16 ** 2 + 2 * 16 ** 3)           # 3 matrices, 5 steps
 
 
-@pytest.mark.parametrize("amx, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bfloat16_where_the_processor_is_fast_in_it(monkeypatch, amx, dtype):
-    monkeypatch.setattr("optim.orthogonalise.CPU_HAS_AMX", amx)
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_is_fast_in_it(monkeypatch, fast, dtype):
+    monkeypatch.setattr("optim.orthogonalise.CPU_FAST_IN_BF16", fast)
     assert iteration_dtype("auto", torch.device("cuda", 0)) is torch.bfloat16
     assert iteration_dtype("auto", torch.device("cpu")) is dtype
     assert iteration_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
