@@ -6,7 +6,7 @@ matrix for itself; or, `elementwise`, on tensors of any shape, usually a whole g
 one logical matrix, a whole weight or one head of it, is the driver's business (optim/driver.py, optim/blocks.py).
 
 To add one: write the file, list it in RULES (optim/__init__.py). `init` and `update` are all that most rules need
-beside their hyperparameters; the rest of this class are defaults to override. A rule need not inherit from it.
+beside their hyperparameters; the rest of this class are defaults to override.
 """
 from typing import ClassVar
 
