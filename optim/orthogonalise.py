@@ -26,13 +26,15 @@ class Coefficients(NamedTuple):
 
 
 Preset = Literal["kj5", "you5", "polar_express5", "exact12", "cubic5"]
+DtypeName = Literal["auto", "bfloat16", "float32"]       # see `iteration_dtype`
 
 # Bands: where singular values of 0.01 to 1 after normalising end up.
 COEFFICIENTS: dict[Preset, Coefficients] = {
     # Keller Jordan, kellerjordan.github.io/posts/muon; the default of KellerJordan/Muon and torch.optim.Muon.
     # Steep at zero (a⁵ ≈ 485) at the price of never converging: band 0.68 to 1.14.
     "kj5": Coefficients(((3.4445, -4.7750, 2.0315),) * 5),
-    # You Jiacheng, a polynomial per step; the default of Dao-AILab/gram-newton-schulz. Band 0.97 to 1.04.
+    # You Jiacheng, a polynomial per step: record 4 of modded-nanogpt's track 2 (2025-02-14), the default of
+    # Dao-AILab/gram-newton-schulz (f08f25e). Band 0.97 to 1.04.
     "you5": Coefficients((
         (4.0848, -6.8946, 2.9270),
         (3.9505, -6.3029, 2.6377),
@@ -47,7 +49,7 @@ COEFFICIENTS: dict[Preset, Coefficients] = {
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)), safety=1.02),
-    # Converges to 1; the baseline of modded-nanogpt's track 3 (track_3_optimization/train_gpt_simple.py).
+    # Converges to 1; modded-nanogpt (f411b3d) records/track_3_optimization/train_gpt_simple.py.
     "exact12": Coefficients(((2.0, -1.5, 0.5),) * 12),
     # Cubic steps, which spare the product A² (arXiv:2606.00371). Band 0.77 to 1.31.
     "cubic5": Coefficients((
@@ -71,15 +73,26 @@ def orthogonalise(X: Tensor, coefficients: Preset = "kj5", steps: int | None = N
     Returns:
         (n, rows, cols), a new tensor; zero where a matrix is zero.
     """
-    listed, safety = COEFFICIENTS[coefficients]
-    steps = len(listed) if steps is None else steps
-    X = _normalise(X, safety).to(dtype)
+    X = _normalise(X, COEFFICIENTS[coefficients].safety).to(dtype)
     tall = X.shape[-2] > X.shape[-1]
-    for a, b, c in listed[:steps] + listed[-1:] * (steps - len(listed)):
+    for a, b, c in _polynomials(coefficients, steps):
         A = X.mT @ X if tall else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
+
+
+def newton_schulz_flops(rows: int, cols: int, coefficients: Preset = "kj5", steps: int | None = None) -> float:
+    """Floating-point operations of the products for one matrix, with n its smaller and m its larger side:
+    2mn² for A, 2n³ for A², which cubic steps spare, and 2mn² for BX, in each step."""
+    n, m = sorted((rows, cols))
+    return float(sum(4 * m * n ** 2 + (2 * n ** 3 if c else 0) for _, _, c in _polynomials(coefficients, steps)))
+
+
+def _polynomials(coefficients: Preset, steps: int | None) -> tuple[tuple[float, float, float], ...]:
+    listed = COEFFICIENTS[coefficients].steps
+    steps = len(listed) if steps is None else steps
+    return listed[:steps] + listed[-1:] * (steps - len(listed))
 
 
 def _normalise(X: Tensor, safety: float) -> Tensor:
@@ -91,7 +104,7 @@ def _normalise(X: Tensor, safety: float) -> Tensor:
     return X / (safety * torch.linalg.vector_norm(X, 2, dims, keepdim=True).clamp(min=tiny))
 
 
-def iteration_dtype(name: str, device: torch.device) -> torch.dtype:
+def iteration_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """The dtype that `ns_dtype` means on this device.
 
     "auto" is bfloat16 where the processor is fast in it: on CUDA, as in every reference, and on a CPU with AMX

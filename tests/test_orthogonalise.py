@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from optim.orthogonalise import COEFFICIENTS, Preset, iteration_dtype, orthogonalise
+from optim.orthogonalise import COEFFICIENTS, Preset, iteration_dtype, newton_schulz_flops, orthogonalise
 from tests import oracles
 
 SHAPES = [(24, 24), (48, 16), (16, 48), (7, 1), (1, 7)]
@@ -105,13 +105,18 @@ def test_matrices_of_a_stack_do_not_touch_each_other():
     assert relative_error(orthogonalise(X), one_by_one.double()) < 1e-5
 
 
-def test_tall_matrices_cost_no_more_than_wide_ones():
+@pytest.mark.parametrize("preset", COEFFICIENTS)
+def test_tall_matrices_cost_no_more_than_wide_ones_and_as_much_as_is_said(preset):
     flops = []
     for shape in ((64, 16), (16, 64)):
-        with FlopCounterMode(display=False) as counter:
-            orthogonalise(stack(*shape).float())
-        flops.append(counter.get_total_flops())
-    assert flops[0] == flops[1] == 3 * 5 * (4 * 64 * 16 ** 2 + 2 * 16 ** 3)           # 3 matrices, 5 steps
+        for steps in (None, 3, 14):
+            with FlopCounterMode(display=False) as counter:
+                orthogonalise(stack(*shape).float(), preset, steps)
+            flops.append(counter.get_total_flops())
+            assert flops[-1] == 3 * newton_schulz_flops(*shape, preset, steps)        # 3 matrices
+    assert flops[:3] == flops[3:]
+    square = 0 if preset == "cubic5" else 2 * 16 ** 3
+    assert flops[1] == 3 * 3 * (4 * 64 * 16 ** 2 + square)                            # 3 steps
 
 
 @pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
