@@ -6,7 +6,8 @@ import torch
 from harness.config import Config
 from harness.load import ConfigError, Loaded, format_resolved
 from harness.processes import activation_dtype, device_name, peak_flops
-from optim.groups import assign, update_table
+from optim.groups import GroupError
+from optim.table import ParameterRow, parameter_table
 
 
 def check(config: Config, model: torch.nn.Module) -> None:
@@ -15,32 +16,41 @@ def check(config: Config, model: torch.nn.Module) -> None:
     Raises:
         GroupError, ConfigError: one line a problem.
     """
-    params = dict(model.named_parameters())
-    assignment = assign(config.optim, model.roles(), {name: tuple(p.shape) for name, p in params.items()})
-    for group in config.optim:
-        for name in assignment[group.name]:
-            p = params[name]
-            slot = torch.empty(p.numel() if group.hyper.elementwise else (1, *p.shape), device="meta")
-            try:
-                group.hyper.init(slot)
-            except ValueError as error:
-                raise ConfigError(f"optim.{group.name}: {name}: {error}") from None
+    try:
+        table_of(config, model)
+    except GroupError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     ranks, rows = int(os.environ.get("WORLD_SIZE", 1)), config.batch_tokens // config.seq_len
     if ranks > rows:
         raise ConfigError(f"{ranks} ranks, but a batch of {config.batch_tokens} tokens has {rows} rows of seq_len "
                           f"{config.seq_len}: use at most {rows} ranks, or shorter rows")
 
 
+def table_of(config: Config, model: torch.nn.Module, world: int = 1) -> list[ParameterRow]:
+    return parameter_table(config.optim, dict(model.named_parameters()), model.roles(), config.model.heads,
+                           config.model.tied, world)
+
+
 def describe(loaded: Loaded, model: torch.nn.Module) -> str:
-    """The resolved configuration with origins, and a line for each group and shape; `model` may be on "meta"."""
-    groups, shapes = loaded.config.optim, {name: tuple(p.shape) for name, p in model.named_parameters()}
-    rows = update_table(groups, assign(groups, model.roles(), shapes), shapes)
+    """The resolved configuration with origins, and a line for every parameter; `model` may be on "meta"."""
+    rows = table_of(loaded.config, model, int(os.environ.get("WORLD_SIZE", 1)))
+    width = max(len(r.name) for r in rows)
     lines = [format_resolved(loaded).rstrip(), "",
-             "# parameter groups: one update moves a parameter by about (effective lr) x (the rule's direction)",
-             f"# {'group':<12}{'rule':<8}{'tensors':>8}  {'shape':<16}{'lr':>10}{'x shape':>9}{'effective':>11}"
-             f"{'decay':>9}"]
-    lines += [f"# {r.group:<12}{r.rule:<8}{r.count:>8}  {'x'.join(map(str, r.shape)) or 'scalar':<16}{r.lr:>10.4g}"
-              f"{r.multiplier:>9.4g}{r.effective_lr:>11.4g}{r.weight_decay:>9.4g}" for r in rows]
+             "# parameters: one update at the peak of the schedule changes an entry by about `step rms` and takes",
+             "# the share `decay` of it away; with hyperball the step is lr times the weight's own norm",
+             f"# {'parameter':<{width}} {'role':<9}{'block':<10}{'fan out':>8}{'fan in':>8}  {'rule':<11}{'lr':>9}"
+             f"{'step rms':>10}{'decay':>9}{'state bytes':>13}{'owner':>6}"]
+    lines += [f"# {r.name:<{width}} {r.role:<9}{r.block:<10}{r.fan_out:>8}{r.fan_in:>8}  {r.rule:<11}{r.lr:>9.3g}"
+              + (f"{r.step_rms:>10.3g}" if r.step_rms is not None else f"{'lr |W|':>10}")
+              + f"{r.decay:>9.2g}{r.state_bytes:>13,}{r.owner:>6}" for r in rows]
+    lines += ["", f"# {'group':<12}{'rule':<11}{'parameters':>13}{'state bytes a parameter':>25}{'by the formula':>16}"]
+    for group in loaded.config.optim:
+        own = [r for r in rows if r.group == group.name]
+        numel = sum(r.numel for r in own)
+        lines.append(f"# {group.name:<12}{group.rule:<11}{numel:>13,}{sum(r.state_bytes for r in own) / numel:>25.3f}"
+                     f"{sum(r.formula_bytes for r in own) / numel:>16.3f}")
     return "\n".join(lines)
 
 
@@ -53,14 +63,8 @@ def memory_bytes(config: Config, model: torch.nn.Module, micro_tokens: int, worl
     """
     params = dict(model.named_parameters())
     weights = sum(p.numel() * p.element_size() for p in params.values())
-    assignment = assign(config.optim, model.roles(), {name: tuple(p.shape) for name, p in params.items()})
-    state = 0
-    for group in config.optim:
-        for name in assignment[group.name]:
-            p = params[name]
-            slot = torch.empty(p.numel() if group.hyper.elementwise else (1, *p.shape), dtype=p.dtype, device="meta")
-            state += sum(t.numel() * t.element_size() for t in group.hyper.init(slot).values())
-            state += 4 * p.numel() if config.average is not None else 0
+    state = sum(row.state_bytes for row in table_of(config, model))
+    state += sum(4 * p.numel() for p in params.values()) if config.average is not None else 0
     m = config.model
     per_token = m.layers * (14 * m.width + 3 * (m.mlp_width or 4 * m.width)) * activation + 2 * 4 * m.vocab_size
     gradients = sum(4 * p.numel() for p in params.values())

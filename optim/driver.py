@@ -1,27 +1,26 @@
-"""The one place where optimization meets ranks: who owns which weights, and how they travel.
+"""The one place where optimization meets ranks: when gradients travel, who updates what, when weights travel.
 
-Parameters that one rule updates alike lie in one contiguous `Bank`, of which every parameter is a view:
-
-    a matrix rule       (slots, rows, cols)   one slot a matrix, equal shapes together, so a step is a batched product
-    an elementwise rule (numel,)              everything in the group end to end, so a step is one fused pass
-
-Each rank owns an equal run of the bank's first dimension (padded to a multiple of the number of ranks) with its
-optimizer state. A step has three phases: reduce-scatter the gradients to their owners, update what this rank owns,
-all-gather the weights. The rules (optim/*.py) know nothing of this, and nothing here knows a formula of theirs.
+A step has three phases: sum the gradients to the owners of their weights, update what this rank owns, send the
+weights to everyone. Gradients leave bank by bank in the order in which a backward pass finishes them, while it still
+goes on; weights leave as soon as their bank is updated, while the next one is. What lies in a bank and who owns it is
+decided by optim/plan.py, how it travels by optim/bank.py. The rules (optim/*.py) know nothing of this, and nothing
+here knows a formula of theirs.
 """
+import zlib
+from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from optim.bank import Bank
+from optim.constraints import constrained_update
 from optim.groups import Group, assign
-
-
-# torch 2.13 renames the two; 2.11 has only the older names.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from optim.orthogonalise import iteration_dtype
+from optim.plan import plan_banks
 
 
 class StepReport(NamedTuple):
@@ -32,82 +31,24 @@ class StepReport(NamedTuple):
     stops: Tensor                               # how many ranks asked to stop
 
 
-class Bank:
-    """Parameters updated together, with this rank's share of their optimizer state.
+def update(group: Group, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor],
+           clip: Tensor | None) -> None:
+    """The update of a rank's share `W` of a bank, in place on `W` and `state`."""
+    G = G if clip is None else G * clip.to(G.dtype)
+    constrained_update(group.hyper, group.cautious, group.hyperball, W, G, state, h)
 
-    Attributes:
-        weights: (slots, rows, cols) or (numel,), padded; the parameters' storage.
-        mine: this rank's run of `weights`, a view.
-        state: the rule's tensors for `mine`.
-        average: float32 running sum for the weight average of `mine`, or None.
+
+def guarded_update(group: Group, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor],
+                   clip: Tensor | None, keep: Tensor) -> None:
+    """The same, undone on the device unless `keep`: no host has to look first. Compiled, it costs no copies.
+
+    keep: bool, 0-d, or one for each matrix or element of `W`.
     """
-
-    def __init__(self, group: Group, params: dict[str, nn.Parameter], average: bool, rank: int, world: int):
-        self.group, self.params, self.world = group, params, world
-        first = next(iter(params.values()))
-        elementwise = group.hyper.elementwise
-        self.used = sum(p.numel() for p in params.values()) if elementwise else len(params)
-        padded = -(-self.used // world) * world
-        shape = (padded,) if elementwise else (padded, *first.shape)
-        self.weights = torch.zeros(shape, dtype=first.dtype, device=first.device)
-        for p, view in zip(params.values(), self.split(self.weights)):
-            view.copy_(p.data)
-            p.data = view
-        share = padded // world
-        self.mine = self.weights[rank * share:(rank + 1) * share]
-        self.state = group.hyper.init(self.mine)
-        self.average = torch.zeros_like(self.mine, dtype=torch.float32) if average else None
-
-    def split(self, full: Tensor) -> list[Tensor]:
-        """One view a parameter of a tensor laid out as the bank is."""
-        if not self.group.hyper.elementwise:
-            return list(full[:self.used])
-        sizes = [p.numel() for p in self.params.values()]
-        return [piece.view(p.shape) for piece, p in zip(full[:self.used].split(sizes), self.params.values())]
-
-    def take_gradients(self) -> Tensor:
-        """The gradients in one float32 tensor laid out as the bank; frees the parameters' own."""
-        missing = [name for name, p in self.params.items() if p.grad is None]
-        assert not missing, f"no gradient reached {', '.join(missing)}"
-        stacked = torch.empty_like(self.weights, dtype=torch.promote_types(self.weights.dtype, torch.float32))
-        stacked[self.used:].zero_()
-        torch._foreach_copy_(self.split(stacked), [p.grad for p in self.params.values()])
-        for p in self.params.values():
-            p.grad = None
-        return stacked
-
-    def reduce_to_owner(self, stacked: Tensor) -> tuple[Tensor, dist.Work | None]:
-        """Start summing the ranks' gradients; (this rank's share, handle to wait for)."""
-        if self.world == 1:
-            return stacked, None
-        share = torch.empty_like(self.mine, dtype=stacked.dtype)
-        return share, reduce_scatter(share, stacked, async_op=True)
-
-    def gather(self, share: Tensor) -> Tensor:
-        """Every rank's share of a tensor that is cut as the bank is, whole."""
-        if self.world == 1:
-            return share
-        full = share.new_empty(share.shape[0] * self.world, *share.shape[1:])
-        all_gather(full, share.contiguous())
-        return full
-
-    def share_of(self, full: Tensor, rank: int) -> Tensor:
-        """This rank's run of a tensor laid out as the bank's used part, padded with zeros."""
-        padded = full.new_zeros(self.weights.shape[0], *full.shape[1:])
-        padded[:self.used] = full
-        size = self.mine.shape[0]
-        return padded[rank * size:(rank + 1) * size]
-
-
-def guarded_update(rule, w, g, state, h, clip, ok, average, decay: float) -> None:
-    """The rule's update of `w` and `state`, undone on the device unless `ok`: no host has to look first."""
-    kept = [w, *state.values()] + ([average] if average is not None else [])
+    kept = [W, *state.values()]
     before = [t.clone() for t in kept]
-    rule.update(w, g * clip.to(g.dtype) if clip is not None else g, state, h)
-    if average is not None:
-        average.mul_(decay).add_(w, alpha=1 - decay)
+    update(group, W, G, state, h, clip)
     for t, old in zip(kept, before):
-        t.copy_(torch.where(ok, t, old))
+        t.copy_(torch.where(keep.view(-1, *[1] * (t.ndim - 1)), t, old))
 
 
 class Optimizer:
@@ -116,37 +57,75 @@ class Optimizer:
     Args:
         params: name -> parameter, in model order; afterwards each is a view into a bank.
         roles: name -> parameter role.
+        heads, tied: attention heads a layer, and whether the head is the embedding; they decide logical blocks.
         average: decay d of the weight average E ← d·E + (1-d)·W kept for evaluation, or None.
         compile: compile the update (on a GPU: one fused kernel for an elementwise rule).
+        qk: attention -> names of its query and key weights (heads·d, cols) and biases (heads·d,).
     Raises:
-        GroupError: a parameter falls in no group or in two.
+        GroupError: a parameter falls in no group or in two, or an option does not suit a group.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], roles: dict[str, str], groups: tuple[Group, ...],
-                 average: float | None = None, grad_clip: float | None = None, compile: bool = False):
+                 average: float | None = None, grad_clip: float | None = None, compile: bool = False,
+                 heads: int = 1, tied: bool = False, qk: dict[str, list[str]] = {}):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.params, self.groups, self.grad_clip, self.decay = params, groups, grad_clip, average
         self.device = next(iter(params.values())).device
-        self.assignment = assign(groups, roles, {name: tuple(p.shape) for name, p in params.items()})
-        self.banks = [Bank(group, {n: params[n] for n in names}, average is not None, self.rank, self.world)
-                      for group in groups for names in self._alike(group)]
+        assignment = assign(groups, roles, {name: tuple(p.shape) for name, p in params.items()})
+        plans = plan_banks(groups, assignment, params, roles, heads, tied, self.world)
+        self.banks = [Bank(plan, params, average is not None, self.rank, self.world) for plan in plans]
         scalar = dict(dtype=torch.float64, device=self.device)
         self.varying = {group.name: {key: torch.zeros((), **scalar) for key in (*group.hyper.VARYING, "t")}
                         for group in groups}
+        # A device must not be waited for, so it decides itself whether an update counts; a CPU is never behind.
+        self.host_may_look = self.device.type == "cpu"
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)
-        self.averaged_steps = 0
-        self._update = guarded_update
+        self.all_present = torch.ones(len(params), **scalar)
+        self.averaged_steps, self.count = 0, {group.name: 0 for group in groups}
+        for bank in self.banks:
+            self.count[bank.group.name] += len(bank.params) * bank.cut.blocks
+        self._update, self._guarded = update, guarded_update
         if compile:                             # a graph a bank; past its default limit of 8 dynamo would run eagerly
-            torch._dynamo.config.recompile_limit = max(64, 2 * len(self.banks))
-            self._update = torch.compile(guarded_update, dynamic=False)
+            torch._dynamo.config.recompile_limit = max(64, 4 * len(self.banks))
+            self._update = torch.compile(update, dynamic=False)
+            self._guarded = torch.compile(guarded_update, dynamic=False)
+        rules = {name: bank.rule for bank in self.banks for name in bank.params}
+        self.clipped = {attn: (rules[names[0]], [params[name] for name in names])
+                        for attn, names in qk.items() if rules[names[0]].clips_heads}
+        self._expect_gradients_in_backward_order()
 
-    def _alike(self, group: Group) -> list[list[str]]:
-        """The group's parameter names, those that can share a bank together."""
-        alike: dict[tuple, list[str]] = {}
-        for name in self.assignment[group.name]:
-            p = self.params[name]
-            alike.setdefault((p.dtype, None if group.hyper.elementwise else p.shape), []).append(name)
-        return list(alike.values())
+    @property
+    def orthogonalisation(self) -> str:
+        """How matrices are orthogonalised here, in words."""
+        dtypes = [str(iteration_dtype(group.hyper.ns_dtype, self.device)).removeprefix("torch.")
+                  for group in self.groups if hasattr(group.hyper, "ns_dtype")]
+        return f"plain torch in {', '.join(dict.fromkeys(dtypes))}" if dtypes else "none"
+
+    # ---- before the run
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Let rules that want certain initial weights draw them: by seed and name, equal on every rank."""
+        for bank in self.banks:
+            for name, p in bank.params.items() if not bank.flat else ():
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} optim".encode()))
+                whole = torch.empty(1, *p.shape)
+                blocks = bank.cut.take(whole)
+                drawn = [bank.rule.initial_weights(*blocks.shape[1:], generator) for _ in blocks]
+                if None not in drawn:
+                    blocks.copy_(torch.stack(drawn))
+                    bank.cut.put(whole, blocks)
+                    p.copy_(whole[0])
+
+    def reset(self) -> None:
+        """State as before the first step; the weights stay as they are."""
+        for bank in self.banks:
+            for key, fresh in bank.fresh_state().items():
+                bank.state[key].copy_(fresh)
+            if bank.average is not None:
+                bank.average.zero_()
+        self.ok.fill_(True)
+        self.averaged_steps = 0
 
     def set_hyperparameters(self, step: int, schedule, steps: int) -> None:
         """Put step's scheduled values where the updates read them; a kernel launch each, no recompilation."""
@@ -157,40 +136,138 @@ class Optimizer:
             for key, value in {**values, "t": step + 1}.items():
                 self.varying[group.name][key].fill_(value)
 
+    # ---- gradients, as a backward pass finishes them
+
+    def _expect_gradients_in_backward_order(self) -> None:
+        """Have a bank's gradients leave when its last one is there. The order is fixed, for ranks must agree on it."""
+        place = {name: index for index, name in enumerate(self.params)}
+        self.backward_order = sorted(self.banks, key=lambda bank: -min(place[name] for name in bank.params))
+        self.to_send: deque[Bank] = deque()
+        self.unfinished: dict[int, int] = {}
+        self.sent: dict[int, tuple[Tensor, list]] = {}
+        for bank in self.banks if self.world > 1 else ():
+            for p in bank.params.values():
+                p.register_post_accumulate_grad_hook(partial(self._gradient_came, bank))
+
+    def expect_last_gradients(self) -> None:
+        """The next backward pass is the batch's last: send what it finishes while it goes on."""
+        self.to_send = deque(self.backward_order)
+        self.unfinished = {id(bank): len(bank.params) for bank in self.banks}
+
+    def _gradient_came(self, bank: Bank, p: Tensor) -> None:
+        if self.to_send:
+            self.unfinished[id(bank)] -= 1
+            while self.to_send and not self.unfinished[id(self.to_send[0])]:
+                self._send_gradients(self.to_send.popleft())
+
     @torch.no_grad()
-    def step(self, step: int, loss: Tensor, stop: bool = False) -> StepReport:
+    def _send_gradients(self, bank: Bank) -> None:
+        self.sent[id(bank)] = bank.reduce_to_owners(bank.take_gradients())
+
+    @torch.no_grad()
+    def reduced_gradients(self) -> list[Tensor]:
+        """This rank's share of every bank's gradient, summed over ranks; the parameters' `.grad` are free after."""
+        for bank in self.backward_order:
+            if id(bank) not in self.sent:
+                self._send_gradients(bank)
+        self.to_send.clear()
+        for _, handles in self.sent.values():
+            for handle in handles:
+                handle.wait()
+        shares = [self.sent[id(bank)][0] for bank in self.banks]
+        self.sent.clear()
+        return shares
+
+    # ---- a step
+
+    @torch.no_grad()
+    def step(self, step: int, loss: Tensor, stop: bool = False, max_logits: dict[str, Tensor] = {}) -> StepReport:
         """One update from the gradients in the parameters' `.grad`; set_hyperparameters comes first.
+
+        A parameter that has no gradient on any rank stays untouched, and so does its state.
 
         Args:
             step: updates completed so far.
             loss: 0-d, this rank's loss summed over its tokens; summed over ranks for the report.
             stop: whether this rank wants to stop; every rank learns of it from the report.
+            max_logits: attention -> largest logit of each head (heads,) on this rank, for rules that clip heads.
         """
-        reducing = [bank.reduce_to_owner(bank.take_gradients()) for bank in self.banks]     # all in flight at once
-        for _, handle in reducing:
-            if handle is not None:
-                handle.wait()
-        shares = [share for share, _ in reducing]
+        shares = self.reduced_gradients()
         square_sum = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in shares)
-        report = torch.stack([loss.double(), square_sum, torch.full_like(square_sum, float(stop))])
+        report = torch.cat([torch.stack([loss.double(), square_sum, torch.full_like(square_sum, float(stop))]),
+                            self._present_here()])
         if self.world > 1:
             dist.all_reduce(report)
         norm = report[1].sqrt()
         # Sticky: after one bad gradient nothing is written any more, so the state stays that from before it.
         self.ok.logical_and_(report[:2].isfinite().all())
         clip = (self.grad_clip / (norm + 1e-6)).clamp(max=1) if self.grad_clip is not None else None
+        present = (report[3:] > 0).split([len(bank.params) for bank in self.banks])
         gathering = []
-        for bank, g in zip(self.banks, shares):
-            h = self.varying[bank.group.name]
-            self._update(bank.group.hyper, bank.mine, g, bank.state, h, clip, self.ok, bank.average, self.decay or 0.)
-            if hasattr(bank.group.hyper, "refresh") and bank.group.hyper.refresh_due(step) and self.ok:
-                bank.group.hyper.refresh(bank.state)                   # seldom, and waits for the device anyway
-            if self.world > 1:
-                gathering.append(all_gather(bank.weights, bank.mine.clone(), async_op=True))
+        for bank, g, there in zip(self.banks, shares, present):
+            if len(bank.mine):
+                self._update_bank(bank, g, clip, there)
+                self._refresh(bank, step)
+            gathering += bank.send_weights()
         for handle in gathering:
             handle.wait()
+        self._clip_heads(max_logits)
+        self._advance_averages()
         self.averaged_steps = step + 1
         return StepReport(report[0], norm, self.ok.double(), report[2])
+
+    def _present_here(self) -> Tensor:
+        """1.0 for every parameter, in the order of the banks, that had a gradient on this rank; made only if needed."""
+        if not any(bank.missing for bank in self.banks):
+            return self.all_present
+        return torch.cat([torch.tensor([float(place not in bank.missing) for place in range(len(bank.params))],
+                                       dtype=torch.float64, device=self.device) for bank in self.banks])
+
+    def _update_bank(self, bank: Bank, g: Tensor, clip: Tensor | None, present: Tensor) -> None:
+        h, W, G = self.varying[bank.group.name], bank.blocks(bank.mine), bank.blocks(g)
+        if bank.missing or not self.host_may_look:
+            keep = self.ok & bank.had_gradient(present) if bank.missing else self.ok
+            self._guarded(bank.group, W, G, bank.state, h, clip, keep)
+        elif self.ok:
+            self._update(bank.group, W, G, bank.state, h, clip)
+        if not bank.flat:
+            bank.cut.put(bank.mine, W)
+
+    def _refresh(self, bank: Bank, step: int) -> None:
+        """The rule's seldom work for those of this rank's matrices for which it is due."""
+        if bank.flat:
+            return
+        here = range(len(bank.mine) * bank.cut.blocks)
+        first, count = bank.plan.first + bank.offsets[self.rank] * bank.cut.blocks, self.count[bank.group.name]
+        for start, end in runs([i for i in here if bank.rule.refresh_due(step, first + i, count)]):
+            state = {key: value[start:end] for key, value in bank.state.items()}
+            if not self.host_may_look:
+                fresh = {key: value.clone() for key, value in state.items()}
+                bank.rule.refresh(fresh, step)
+                for key, value in state.items():
+                    value.copy_(torch.where(self.ok, fresh[key], value))
+            elif self.ok:
+                bank.rule.refresh(state, step)
+
+    def _clip_heads(self, max_logits: dict[str, Tensor]) -> None:
+        """Scale heads on every rank alike: they all hold the weights, and the largest logits of all ranks."""
+        if not self.clipped:
+            return
+        largest = torch.stack([max_logits[attn] for attn in self.clipped])           # (layers, heads)
+        if self.world > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        for (rule, params), max_logit in zip(self.clipped.values(), largest):
+            factors = torch.where(self.ok, rule.clip_factors(max_logit), 1.0)
+            for p in params:
+                p.view(len(factors), -1).mul_(factors.to(p.dtype)[:, None])
+
+    def _advance_averages(self) -> None:
+        if self.decay is not None:
+            fresh = (1 - self.decay) * self.ok.float()                # 0 after a bad gradient
+            for bank in self.banks:
+                bank.average.lerp_(bank.mine.float(), fresh)
+
+    # ---- evaluation and checkpoints
 
     @contextmanager
     def averaged_weights(self):
@@ -206,39 +283,23 @@ class Optimizer:
                 for bank, weights in zip(self.banks, raw):
                     bank.weights.copy_(weights)
 
-    def reset(self) -> None:
-        """State as before the first step; the weights stay as they are."""
-        for bank in self.banks:
-            for key, fresh in bank.group.hyper.init(bank.mine).items():
-                bank.state[key].copy_(fresh)
-            if bank.average is not None:
-                bank.average.zero_()
-        self.ok.fill_(True)
-        self.averaged_steps = 0
-
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """{parameter name: {state name: tensor}} on the CPU, whole and independent of the number of ranks.
 
         Every rank must call it (owners send their shares); every rank gets it.
         """
-        whole: dict[str, dict[str, Tensor]] = {name: {} for name in self.params}
-        for bank in self.banks:
-            kept = {**bank.state, **({"average": bank.average} if bank.average is not None else {})}
-            for key, share in kept.items():
-                full = bank.gather(share)
-                pieces = bank.split(full) if bank.group.hyper.elementwise else full[:bank.used]
-                for name, piece in zip(bank.params, pieces):
-                    whole[name][key] = piece.detach().to("cpu", copy=True)
-        return whole
+        pieces = {name: state for bank in self.banks for name, state in bank.by_parameter().items()}
+        return {name: pieces[name] for name in self.params}
 
     def load_state_dict(self, whole: dict[str, dict[str, Tensor]], step: int) -> None:
         """Take up `state_dict()`'s result, saved after `step` updates on any number of ranks."""
         for bank in self.banks:
-            kept = {**bank.state, **({"average": bank.average} if bank.average is not None else {})}
-            for key, share in kept.items():
-                saved = [whole[name][key] for name in bank.params]
-                elementwise = bank.group.hyper.elementwise
-                full = torch.cat([t.reshape(-1) for t in saved]) if elementwise else torch.stack(saved)
-                share.copy_(bank.share_of(full, self.rank))
+            bank.take_up(whole)
         self.ok.fill_(True)
         self.averaged_steps = step
+
+
+def runs(places: list[int]) -> list[tuple[int, int]]:
+    """Rising numbers as (first, last + 1) of stretches without a gap."""
+    starts = [p for p in places if p - 1 not in places]
+    return [(start, next(p for p in range(start, places[-1] + 2) if p not in places)) for start in starts]

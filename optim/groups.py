@@ -12,11 +12,12 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from optim.blocks import Blocks
 from optim.schedules import Schedule
 
 REST = "rest"
@@ -37,6 +38,9 @@ class Group:
     hyper: Any                              # the rule with its hyperparameters; in YAML beside these keys
     schedule: Schedule | None = None        # multiplies lr over the run; null = the run's own `schedule`
     scheduled: dict[str, Schedule] = Field(default_factory=dict)  # values over the run, by hyperparameter
+    blocks: Blocks = "whole"                # what of a weight is one matrix: all, one head, or two
+    cautious: bool = False                  # weight decay only where the step shrinks the weight too
+    hyperball: bool = False                 # every matrix keeps its norm; lr is a step's length relative to it
 
     def __post_init__(self):
         for pattern in self.params:
@@ -51,17 +55,27 @@ class Group:
                 raise ValueError(f"scheduled.{name} has shape {schedule.shape!r}, which is a factor on lr; "
                                  "give its values with shape: piecewise")
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the rule is given matrices rather than elements."""
+        return not self.hyper.elementwise or self.hyperball
 
-class UpdateRow(NamedTuple):
-    """How far one step moves the parameters of one shape in one group, before any schedule."""
-    group: str
-    rule: str
-    count: int                              # parameter tensors of this shape
-    shape: tuple[int, ...]
-    lr: float
-    multiplier: float                       # the rule's factor for this shape
-    effective_lr: float                     # lr * multiplier
-    weight_decay: float
+    def clashes(self) -> Iterator[str]:
+        """Options that this rule, as it is set, cannot take or would not read."""
+        rule, decays = self.hyper, getattr(self.hyper, "weight_decay", 0.0) > 0 or "weight_decay" in self.scheduled
+        if self.cautious and not decays:
+            yield "nothing reads cautious without weight decay: set weight_decay, or remove cautious"
+        if self.cautious and rule.coupled_decay:
+            yield f"{self.rule} adds its decay to the gradient, where it cannot be cautious: remove cautious"
+        if self.hyperball and decays:
+            yield "nothing reads weight_decay, for hyperball keeps every norm: set weight_decay: 0"
+        if self.cautious and self.hyperball:
+            yield "hyperball has no weight decay that could be cautious: remove one of the two"
+        if (self.cautious or self.hyperball) and rule.confines:
+            yield (f"{self.rule} as it is set shrinks the weight in every step, so that cautious and hyperball find "
+                   "no step of its own: remove them")
+        if self.blocks != "whole" and not self.stacked:
+            yield f"nothing reads blocks, for {self.rule} works on elements: remove it"
 
 
 def assign(groups: tuple[Group, ...], roles: dict[str, str], shapes: Shapes) -> dict[str, list[str]]:
@@ -87,6 +101,7 @@ def assign(groups: tuple[Group, ...], roles: dict[str, str], shapes: Shapes) -> 
                             "take it out of one")
     assignment = {group.name: [name for name in roles if group.name in takers[name]] for group in groups}
     for group in groups:
+        problems += [f"optim.{group.name}: {clash}" for clash in group.clashes()]
         problems += _not_matrices(group, assignment[group.name], shapes)
     if problems:
         raise GroupError("\n".join(problems))
@@ -113,7 +128,7 @@ def _idle_patterns(groups: tuple[Group, ...], roles: dict[str, str], orphans: li
 
 
 def _not_matrices(group: Group, names: list[str], shapes: Shapes) -> Iterator[str]:
-    for name in names if not group.hyper.elementwise else ():
+    for name in names if group.stacked and not group.hyper.takes_vectors else ():
         if len(shapes[name]) != 2:
             yield (f"optim.{group.name}: {group.rule} updates matrices, but {name} has shape "
                    f"{list(shapes[name])}; move it to a group whose rule is elementwise, like adamw")
@@ -122,15 +137,3 @@ def _not_matrices(group: Group, names: list[str], shapes: Shapes) -> Iterator[st
 def _listed(names: list[str], roles: dict[str, str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name} (role {roles[name]})" for name in names[:most]) + more
-
-
-def update_table(groups: tuple[Group, ...], assignment: dict[str, list[str]],
-                 shapes: Shapes) -> list[UpdateRow]:
-    """One row for each shape in each group: what a step does to it, before schedules."""
-    rows = []
-    for group in groups:
-        for shape, count in Counter(tuple(shapes[name]) for name in assignment[group.name]).items():
-            multiplier = group.hyper.lr_multiplier(*(*shape, 1, 1)[:2])     # a vector is one column
-            rows.append(UpdateRow(group.name, group.rule, count, shape, group.hyper.lr, multiplier,
-                                  group.hyper.lr * multiplier, getattr(group.hyper, "weight_decay", 0.0)))
-    return rows

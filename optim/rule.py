@@ -56,7 +56,11 @@ class Rule:
 
     # ---- what few rules have
 
+    takes_vectors: ClassVar[bool] = False                      # vectors come as stacks of one column, (n, numel, 1)
+    coupled_decay: ClassVar[bool] = False                      # decay goes through the gradient, as in Adam's L2 form
     confines: ClassVar[bool] = False                           # the step depends on W (Scion's shrinking ball)
+
+    clips_heads: ClassVar[bool] = False                        # `clip_factors` is to be asked after every step
 
     def refresh_due(self, step: int, index: int, count: int) -> bool:
         """Whether `refresh` is due after the update that follows `step` completed ones, for matrix `index` of the
@@ -69,3 +73,8 @@ class Rule:
     def initial_weights(self, rows: int, cols: int, generator: Generator) -> Tensor | None:
         """Float32 values (rows, cols) that the rule wants a matrix to start from; None: the model's own."""
         return None
+
+    def clip_factors(self, max_logit: Tensor) -> Tensor:
+        """What to multiply every head's query and key weights by after a step in which its largest attention logit was
+        `max_logit` (heads,): 1 to leave a head alone."""
+        raise NotImplementedError

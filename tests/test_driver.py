@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from optim import RULES
 from optim.adamw import AdamW
 from optim.driver import Optimizer
 from optim.groups import Group
@@ -205,13 +206,138 @@ def test_gradients_are_not_written_to_and_are_freed():
     assert all(p.grad is None for p in params.values())
 
 
-def test_a_parameter_without_gradient_is_named():
-    params, optimizer = make()
+def _step_without_some(rank, missing_here):
+    """Two steps; in the second the named parameters have no gradient on the ranks that are listed."""
+    params, optimizer = make(average=0.9)
+    run_steps(params, optimizer, 0, 1, 0)
+    before, state = {n: p.detach().clone() for n, p in params.items()}, optimizer.state_dict()
     for name, p in params.items():
-        p.grad = None if name == "embed" else torch.ones_like(p)
+        g = torch.Generator().manual_seed(7)
+        grad = torch.randn(p.shape, generator=g)
+        p.grad = None if rank in missing_here.get(name, ()) else grad if rank == 0 else torch.zeros_like(grad)
+    optimizer.set_hyperparameters(1, FLAT, 100)
+    assert optimizer.step(1, torch.tensor(1.0)).ok == 1
+    after = optimizer.state_dict()
+    return {n: (torch.equal(before[n], p), all(torch.equal(state[n][k], v) for k, v in after[n].items()
+                                               if k != "average"), p.detach().clone()) for n, p in params.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_parameter_without_gradient_on_any_rank_is_untouched(world):
+    """Neither decay nor momentum; one that has none on some ranks takes the sum of the others."""
+    everywhere, elsewhere = tuple(range(world)), tuple(range(1, world))
+    missing = {"q2": everywhere, "embed": everywhere, "out1": everywhere, "up0": elsewhere, "gain": elsewhere}
+    seen = on_ranks(world, _step_without_some, missing) if world > 1 else _step_without_some(0, missing)
+    untouched = {name for name, (weights, state, _) in seen.items() if weights and state}
+    assert untouched == {"q2", "embed", "out1"}
+    for name, (_, _, value) in _step_without_some(0, {n: (0,) for n in untouched}).items():
+        torch.testing.assert_close(seen[name][2], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_device_that_decides_itself_writes_the_same_and_nothing_after_a_bad_gradient():
+    (eager, one), (params, optimizer) = make(average=0.9), make(average=0.9)
+    optimizer.host_may_look = False
+    run_steps(eager, one, 0, 4), run_steps(params, optimizer, 0, 4)
+    assert all(torch.equal(eager[n], p) for n, p in params.items())
+    before, state = {n: p.detach().clone() for n, p in params.items()}, optimizer.state_dict()
+    for p in params.values():
+        p.grad = torch.full_like(p, torch.inf)
+    optimizer.set_hyperparameters(5, FLAT, 100)                     # SPlus would refresh here
+    assert optimizer.step(5, torch.tensor(1.0)).ok == 0
+    assert all(torch.equal(before[n], p) for n, p in params.items())
+    assert all(torch.equal(v, state[n][k]) for n, kept in optimizer.state_dict().items() for k, v in kept.items())
+
+
+def _order_of_departure(rank):
+    params, optimizer = make()
+    gone, send = [], optimizer._send_gradients
+    optimizer._send_gradients = lambda bank: gone.append(next(iter(bank.params))) or send(bank)
+    optimizer.expect_last_gradients()
+    chain = torch.zeros(())                                         # a backward pass meets the last parameter first
+    for p in params.values():
+        chain = chain * 0.5 + p.square().sum()
+    during = []
+    next(iter(params.values())).register_hook(lambda grad: during.extend(gone))
+    chain.backward()
     optimizer.set_hyperparameters(0, FLAT, 100)
-    with pytest.raises(AssertionError, match="embed"):
-        optimizer.step(0, torch.tensor(0.0))
+    optimizer.step(0, torch.tensor(0.0))
+    return during, gone
+
+
+def test_gradients_leave_in_backward_order_while_the_backward_pass_goes_on():
+    during, gone = on_ranks(2, _order_of_departure)
+    assert gone == ["gain", "out0", "up0", "q0"] and during == gone[:3]
+
+
+def _with_rule(rank, name, options, only_rank):
+    g = torch.Generator().manual_seed(0)
+    shapes = {**{f"q{i}": ("q", (8, 8)) for i in range(3)}, **{f"up{i}": ("mlp_in", (12, 8)) for i in range(2)},
+              "embed": ("embed", (9, 4)), "gain": ("gain", (7,))}
+    params = {n: nn.Parameter(torch.randn(shape, generator=g)) for n, (_, shape) in shapes.items()}
+    hyper = {"ns_dtype": "float32"} if "ns_dtype" in RULES[name].__dataclass_fields__ else {}
+    if options and "weight_decay" in RULES[name].__dataclass_fields__:
+        hyper["weight_decay"] = 0.0 if options.get("hyperball") else 0.1
+    groups = (Group(name="hidden", params=("q", "mlp_in"), rule=name, hyper=RULES[name](**hyper), **options),
+              Group(name="rest", params=("rest",), rule="adamw", hyper=AdamW()))
+    optimizer = Optimizer(params, {n: role for n, (role, _) in shapes.items()}, groups, heads=2)
+    optimizer.init_weights(0)
+    optimizer.reset()
+    run_steps(params, optimizer, 0, 4, only_rank)
+    saved = optimizer.state_dict()
+    optimizer.reset()
+    optimizer.load_state_dict(saved, 4)
+    run_steps(params, optimizer, 4, 12, only_rank)
+    return {n: p.detach().clone() for n, p in params.items()}
+
+
+OPTIONS = ({}, {"hyperball": True})
+
+
+def _every_rule(rank, only_rank):
+    return {(name, bool(options)): _with_rule(rank, name, options, only_rank) for name in RULES for options in OPTIONS}
+
+
+@pytest.fixture(scope="module")
+def every_rule_on_three_ranks():
+    return on_ranks(3, _every_rule, 1)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "hyperball" if options else "plain")
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_the_same_on_three_ranks_and_after_a_checkpoint(name, options, every_rule_on_three_ranks):
+    """3 and 2 matrices on 3 ranks: some own none of a kind."""
+    one, three = _with_rule(0, name, options, None), every_rule_on_three_ranks[name, bool(options)]
+    for key in one:
+        assert torch.isfinite(one[key]).all()
+        torch.testing.assert_close(three[key], one[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def _by_head(rank, blocks):
+    g = torch.Generator().manual_seed(0)
+    params = {n: nn.Parameter(torch.randn(8, 8, generator=g)) for n in ("q", "attn_out")}
+    muon = Muon(lr=0.02, ns_dtype="float32")
+    optimizer = Optimizer(params, {n: n for n in params}, (Group(
+        name="hidden", params=("rest",), rule="muon", hyper=muon, blocks=blocks),), heads=4)
+    run_steps(params, optimizer, 0, 3)
+    return {n: p.detach().clone() for n, p in params.items()}
+
+
+def test_heads_are_updated_as_matrices_of_their_own():
+    for blocks, count in (("heads", 4), ("head_pairs", 2)):
+        cut, whole = _by_head(0, blocks), _by_head(0, "whole")
+        g = torch.Generator().manual_seed(0)
+        start = {n: torch.randn(8, 8, generator=g) for n in ("q", "attn_out")}
+        rule = Muon(lr=0.02, ns_dtype="float32")
+        W = {"q": torch.stack(start["q"].chunk(count)), "attn_out": torch.stack(start["attn_out"].chunk(count, 1))}
+        state = {n: rule.init(w) for n, w in W.items()}
+        h = {k: torch.tensor(v, dtype=torch.float64) for k, v in (("lr", .02), ("momentum", .95), ("weight_decay", 0.))}
+        for step in range(3):
+            g = torch.Generator().manual_seed(100 + step)
+            for n, axis in (("q", 0), ("attn_out", 1)):
+                rule.update(W[n], torch.stack(torch.randn(8, 8, generator=g).chunk(count, axis)), state[n], h)
+        for n, axis in (("q", 0), ("attn_out", 1)):
+            torch.testing.assert_close(cut[n], torch.cat(list(W[n]), axis), rtol=1e-6, atol=1e-7)
+            assert not torch.allclose(cut[n], whole[n], atol=1e-3)
 
 
 def test_clipping_scales_the_gradient_to_the_limit():

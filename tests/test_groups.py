@@ -2,7 +2,7 @@
 import pytest
 
 from optim import RULES
-from optim.groups import Group, GroupError, UpdateRow, assign, update_table
+from optim.groups import Group, GroupError, assign
 from optim.schedules import Schedule
 
 ROLES = {"embed.weight": "embed", "blocks.0.q": "q", "blocks.0.up": "mlp_in", "blocks.0.norm": "gain",
@@ -89,10 +89,23 @@ def test_a_group_checks_its_patterns_and_schedules():
             group(name, "q")
 
 
-def test_the_update_table_has_a_row_for_each_shape_with_the_rule_s_multiplier():
-    groups = (group("hidden", "q", "mlp_in", rule="muon", lr=0.02, weight_decay=0.1),
-              group("other", "rest", lr=0.5))
-    rows = update_table(groups, divide(*groups), SHAPES)
-    assert rows[:2] == [UpdateRow("hidden", "muon", 2, (4, 4), 0.02, 1.0, 0.02, 0.1),
-                        UpdateRow("hidden", "muon", 2, (16, 4), 0.02, 2.0, 0.04, 0.1)]
-    assert [(row.count, row.shape, row.lr) for row in rows[2:]] == [(2, (10, 4), 0.5), (2, (4,), 0.5)]
+def with_options(rule: str, hyper: dict, **options) -> Group:
+    return Group(name="hidden", params=("q", "mlp_in"), rule=rule, hyper=RULES[rule](**hyper), **options)
+
+
+@pytest.mark.parametrize("rule, hyper, options, words", [
+    ("muon", {}, dict(cautious=True), "nothing reads cautious without weight decay: set weight_decay"),
+    ("muon", dict(weight_decay=.1), dict(hyperball=True), "nothing reads weight_decay, for hyperball keeps every norm"),
+    ("muon", dict(weight_decay=.1), dict(cautious=True, hyperball=True), "remove one of the two"),
+    ("adamw", {}, dict(blocks="heads"), "nothing reads blocks, for adamw works on elements"),
+    ("adam", dict(weight_decay=.1), dict(cautious=True), "adds its decay to the gradient"),
+    ("scion", dict(constrained=True), dict(hyperball=True), "shrinks the weight in every step")])
+def test_options_that_a_rule_cannot_take_are_refused(rule, hyper, options, words):
+    lines = problems_of(with_options(rule, hyper, **options), group("other", "rest"))
+    assert any(line.startswith("optim.hidden: ") and words in line for line in lines), lines
+
+
+def test_hyperball_makes_an_elementwise_rule_one_for_matrices():
+    divide(with_options("adamw", {}, hyperball=True), group("other", "rest"))
+    (line,) = problems_of(Group(name="a", params=("rest",), rule="adamw", hyper=RULES["adamw"](), hyperball=True))
+    assert "blocks.0.norm has shape [4]" in line

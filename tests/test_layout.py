@@ -12,7 +12,8 @@ PACKAGES = ("model", "optim", "data", "harness")
 ALLOWED = {"model": set(), "optim": set(), "data": set(), "harness": {"model", "optim", "data"},
            "scripts": {"model", "optim", "data", "harness"}, "train": {"model", "optim", "data", "harness"}}
 # harness knows the three by their configuration only: these modules define or judge keys of the YAML.
-CONFIGURATION = {"model.config", "data.loader", "data.orders", "optim", "optim.groups", "optim.schedules"}
+CONFIGURATION = {"model.config", "data.loader", "data.orders", "optim", "optim.groups", "optim.schedules",
+                 "optim.table"}
 FILES = [ROOT / "train.py", *(p for package in (*PACKAGES, "scripts") for p in sorted((ROOT / package).glob("*.py")))]
 
 
@@ -35,10 +36,10 @@ def test_import_arrows_point_one_way(path):
         assert not beyond, f"{path.name} imports {beyond}, which is not configuration"
 
 
-@pytest.mark.parametrize("package", ["model", "optim/driver.py excepted: optim"])
+@pytest.mark.parametrize("package", ["model", "optim"])
 def test_mathematics_knows_nothing_of_ranks(package):
-    for path in (ROOT / package.split()[-1]).glob("*.py"):
-        if path.name != "driver.py":
+    for path in (ROOT / package).glob("*.py"):
+        if path.name not in ("driver.py", "bank.py"):
             assert not re.search(r"torch\.distributed|\bdist\.", path.read_text()), path
 
 

@@ -1,0 +1,72 @@
+"""What an update does to every parameter, at the peak of its schedule: for people to read before a run."""
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim.groups import Group, assign
+from optim.plan import BankPlan, plan_banks
+
+
+class ParameterRow(NamedTuple):
+    name: str
+    role: str
+    group: str
+    rule: str
+    block: str                                  # whole, or how many logical matrices the weight is cut into
+    fan_out: int                                # of one block
+    fan_in: int
+    lr: float                                   # as configured
+    step_rms: float | None                      # RMS of an entry's change in one update; None: lr times the weight's own
+    decay: float                                # share of the weight that decay takes away in one update
+    state_bytes: int                            # over all ranks
+    formula_bytes: int                          # the same by the paper's formula
+    numel: int
+    owner: str                                  # rank, or "all" where every rank has a part
+
+
+def parameter_table(groups: tuple[Group, ...], params: Mapping[str, Tensor], roles: dict[str, str], heads: int,
+                    tied: bool, world: int = 1) -> list[ParameterRow]:
+    """One row for every parameter, in model order; `params` may be on "meta".
+
+    Raises:
+        GroupError: as `assign` and `plan_banks`.
+        ValueError: a rule cannot take a parameter's shape; the text names both.
+    """
+    assignment = assign(groups, roles, {name: tuple(p.shape) for name, p in params.items()})
+    rows = {row.name: row for bank in plan_banks(groups, assignment, params, roles, heads, tied, world)
+            for row in _rows(bank, params, roles)}
+    return [rows[name] for name in params]
+
+
+def _rows(bank: BankPlan, params: Mapping[str, Tensor], roles: dict[str, str]):
+    group, rule = bank.group, bank.group.hyper
+    for name, owner in zip(bank.names, bank.owners):
+        p = params[name]
+        fan_out, fan_in = bank.cut.shape(tuple(p.shape))
+        h = {key: torch.tensor(float(getattr(rule, key)), dtype=torch.float64) for key in rule.VARYING}
+        yield ParameterRow(
+            name, roles[name], group.name, group.rule, f"{bank.cut.blocks} blocks" if bank.cut.blocks > 1 else "whole",
+            fan_out, fan_in, rule.lr, None if group.hyperball else rule.lr * rule.step_rms(fan_out, fan_in),
+            float(rule.shrinkage(h, fan_out, fan_in)) if "weight_decay" in h and not group.hyperball else 0.0,
+            state_bytes(bank, p), bank.cut.blocks * rule.state_numbers(fan_out, fan_in) * _bytes_of_a_number(p),
+            p.numel(), owner)
+
+
+def state_bytes(bank: BankPlan, p: Tensor) -> int:
+    """What the rule's own `init` makes for this parameter.
+
+    Raises:
+        ValueError: the rule cannot take its shape.
+    """
+    sketch = torch.empty(p.numel() if bank.shape is None else (1, *p.shape), dtype=p.dtype, device="meta")
+    try:
+        state = bank.group.hyper.init(sketch if bank.shape is None else bank.cut.take(sketch))
+    except ValueError as error:
+        raise ValueError(f"optim.{bank.group.name}: {bank.names[0]}: {error}") from None
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+def _bytes_of_a_number(p: Tensor) -> int:
+    return torch.promote_types(p.dtype, torch.float32).itemsize
