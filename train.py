@@ -29,13 +29,14 @@ from harness import checkpoint, preflight, processes, rundir
 from harness.config import Config, config_identity, to_yaml
 from harness.curve import draw
 from harness.diagnose import name_culprit
+from harness.inflight import InFlight, NotFinite
 from harness.load import ConfigError, load
 from harness.mirrors import open_sinks
 from harness.progress import Progress
 from model.gpt import GPT
+from optim.diagnostics import Probe
 from optim.driver import Optimizer
 from optim.groups import GroupError
-from optim.orthogonalise import iteration_dtype
 
 
 # ---------------------------------------------------------------- the clock: in a speedrun this is the claim
@@ -73,32 +74,6 @@ def stage(cfg: Config, step: int) -> Stage:
     return Stage(cfg.batch_tokens)
 
 
-class NotFinite(Exception):
-    def __init__(self, step: int):
-        self.step = step                                              # updates completed before the bad one
-
-
-class InFlight:
-    """A step's report on its way from the device: copied without making anyone wait, read a step later."""
-
-    def __init__(self, completed: int, report):
-        self.completed = completed                                   # steps done when this was reported
-        packed = torch.stack(report)
-        on_gpu = packed.is_cuda
-        self.values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=on_gpu)
-        self.values.copy_(packed, non_blocking=on_gpu)
-        self.arrived = torch.cuda.Event() if on_gpu else None
-        if on_gpu:
-            self.arrived.record()
-
-    def read(self) -> tuple[float, float, bool, bool]:
-        """(summed loss, gradient norm, finite so far, somebody asked to stop); waits for that step only."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        loss, grad_norm, ok, stops = self.values.tolist()
-        return loss, grad_norm, ok == 1.0, stops > 0
-
-
 def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 1. configuration
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,8 +81,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="a path, or the name of a file in configs/")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and its sources")
     parser.add_argument("--dry-run", action="store_true", help="check data, memory and settings; train nothing")
-    parser.add_argument("--resume", metavar="DIR|auto", help="continue a run (auto: the newest unfinished of this "
-                                                             "configuration in runs_dir) in its own directory")
+    parser.add_argument("--resume", metavar="DIR|auto", help="continue a run; auto: the newest unfinished one like this")
     args, overrides = parser.parse_known_args(argv)
     if args.config is None and args.resume not in (None, "auto"):
         args.config = str(Path(args.resume) / "config.yaml")
@@ -145,23 +119,23 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------ 4. model
     with device:
-        model = GPT(cfg.model, cfg.seq_len, dtype)
+        model = GPT(cfg.model, cfg.seq_len, dtype, track_logits=cfg.needs_logits)
     model.init_weights(cfg.seed)
     params, roles = dict(model.named_parameters()), model.roles()
     forward = torch.compile(model, dynamic=False) if compiled is True else model
 
     # ------------------------------------------------------------ 5. optimizer
-    optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compile=compiled is True)
+    optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled is True,
+                          cfg.model.heads, cfg.model.tied, model.qk_parameters())
+    probe = Probe(optimizer, cfg.diagnostics) if cfg.diagnostics else None
 
-    ns = [str(iteration_dtype(g.hyper.ns_dtype, device))[6:] for g in cfg.optim if hasattr(g.hyper, "ns_dtype")]
-    ns = f"plain torch in {', '.join(dict.fromkeys(ns))}" if ns else "none"
     peak = processes.peak_flops(processes.device_name(device))
     progress = Progress(cfg.steps, cfg.batch_tokens, model.flops_per_token() * cfg.batch_tokens,
                         peak and peak * procs.world, shown=procs.is_main)
     progress.say(f"{cfg.name}: {sum(p.numel() for p in params.values()):,} parameters, {cfg.steps} steps of "
                  f"{cfg.batch_tokens:,} tokens, {procs.world} x {processes.device_name(device)}\n"
                  f"precision {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention {model.attention_form}; "
-                 f"compiled {'yes' if compiled is True else compiled or 'no'}; orthogonalisation {ns}")
+                 f"compiled {'yes' if compiled is True else compiled or 'no'}; orthogonalisation {optimizer.orthogonalisation}")
 
     # ------------------------------------------------------------ 6. a step, and a validation
     micro_rows = (cfg.micro_batch_tokens or cfg.batch_tokens) // cfg.seq_len
@@ -175,19 +149,28 @@ def main(argv: list[str]) -> int:
         runs = micro_batches(batch_tokens[step] // cfg.seq_len) if step < cfg.steps else []
         return [train.rows(step, positions[step], batch_tokens[step], *run) for run in runs]
 
-    def backward(batch, tokens: int) -> torch.Tensor:
-        """Leave the gradient of the batch's loss in .grad; this rank's loss, summed over its tokens."""
+    def backward(batch, tokens: int, send: bool = True) -> torch.Tensor:
+        """Leave the gradient of the batch's loss in .grad, or with `send` already on its way to the owners.
+        Returns this rank's loss, summed over its tokens."""
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        for inputs, targets in batch:                                 # each (rows, seq_len)
+        for micro, (inputs, targets) in enumerate(batch, 1):          # each (rows, seq_len)
             micro_loss = forward(inputs, targets)                     # summed over tokens
+            if send and micro == len(batch):
+                optimizer.expect_last_gradients()
             (micro_loss / tokens if cfg.loss_reduction == "mean" else micro_loss).backward()
             loss += micro_loss.detach()
         return loss
 
     def train_step(step: int, batch) -> InFlight:
         optimizer.set_hyperparameters(step, cfg.schedule, cfg.steps)
+        model.reset_max_logits()
         loss = backward(batch, batch_tokens[step])
-        return InFlight(step + 1, optimizer.step(step, loss, stop.requested))      # reduce, update, gather
+        return InFlight(step + 1, optimizer.step(step, loss, stop.requested, model.max_logits()))
+
+    def gradients(step: int, batch) -> list[torch.Tensor]:
+        """The gradient that train_step would use, this rank's share of every bank; for diagnostics."""
+        backward(batch, batch_tokens[step])
+        return optimizer.reduced_gradients()
 
     @torch.no_grad()
     def val_loss() -> float:
@@ -216,7 +199,7 @@ def main(argv: list[str]) -> int:
         try:
             for s in stages:
                 for _ in range(2):                                    # the second finds gradients there, as a step does
-                    backward(dummy(s.batch_tokens // cfg.seq_len), s.batch_tokens)
+                    backward(dummy(s.batch_tokens // cfg.seq_len), s.batch_tokens, send=False)
             with torch.no_grad():
                 for inputs, targets in dummy(cfg.val_tokens // cfg.seq_len):
                     forward(inputs, targets)
@@ -232,7 +215,7 @@ def main(argv: list[str]) -> int:
         progress.say(f"out of memory: micro-batch halved to {micro_rows * cfg.seq_len:,} tokens a rank "
                      f"(to start there: micro_batch_tokens={micro_rows * cfg.seq_len})")
     optimizer.set_hyperparameters(0, cfg.schedule, cfg.steps)
-    optimizer.step(0, torch.zeros((), device=device))
+    optimizer.step(0, torch.zeros((), device=device), False, model.max_logits())
 
     def run_trial(cfg: Config, several: bool) -> int:
         """One run with one seed, in its own directory; the exit code."""
@@ -251,6 +234,7 @@ def main(argv: list[str]) -> int:
         directory = Path(procs.broadcast(str(directory)))
         lock = rundir.hold(directory) if procs.is_main else None      # no second process continues this run meanwhile
         model.init_weights(cfg.seed)
+        optimizer.init_weights(cfg.seed)                              # of the rules that have their own
         optimizer.reset()
         start, target, clock.ledger = 0, {}, {k: clock.ledger.get(k, 0.0) for k in ("setup", "warm-up")}
         newest = checkpoint.newest_intact(directory / "checkpoints") if resumed and procs.is_main else None
@@ -325,6 +309,14 @@ def main(argv: list[str]) -> int:
                          + f"  train_s {clock.train_s:.1f}")
             return losses
 
+        def diagnose(step: int) -> None:
+            clock.enter("diagnostics")
+            logits = {name: procs.all_max(S.tolist()) for name, S in model.max_logits().items()}
+            found = procs.merged(probe.after())
+            for sink in sinks:
+                sink.write(step=step, train_s=round(clock.train_s, 4), diagnostics=found, max_logits=logits)
+            clock.enter("training")
+
         # -------------------------------------------------------- 9. the loop: save, validate, stop?, step, log
         prefetcher = Prefetcher(read_batch, device)
         step, in_flight, stopping, last = start, None, False, {}
@@ -345,8 +337,15 @@ def main(argv: list[str]) -> int:
                     clock.enter("training")
                 if step == cfg.steps:
                     break
-                before, in_flight = in_flight, train_step(step, prefetcher.get(step))
+                batch, probing = prefetcher.get(step), probe is not None and step in validate_at
+                if probing:
+                    clock.enter("diagnostics")
+                    probe.before(lambda: gradients(step, batch))
+                    clock.enter("training")
+                before, in_flight = in_flight, train_step(step, batch)
                 step += 1
+                if probing:
+                    diagnose(step)
                 if before is not None:
                     stopping = note(before)
         except NotFinite as bad:                                      # raised on every rank at the same step

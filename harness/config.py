@@ -23,13 +23,14 @@ from optim.schedules import Schedule
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Diagnostic = Literal["updates", "logits", "smoothness"]  # see optim/diagnostics.py
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 # Keys that do not change the mathematics: configurations that differ in these only describe the same run, and
 # `--resume auto` may continue one with the other. (The last three change rounding, no more.)
 NOT_IDENTITY = frozenset({"name", "runs_dir", "log", "trials", "checkpoint_every", "keep_checkpoints",
-                          "micro_batch_tokens", "compile", "deterministic"})
+                          "diagnostics", "micro_batch_tokens", "compile", "deterministic"})
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
@@ -75,6 +76,7 @@ class Config:
     trials: Count = 1                           # runs in a row, with seeds seed, seed+1, ...
     runs_dir: str = "runs"                      # where run directories are made
     log: tuple[Literal["wandb", "speedrun"], ...] = ()  # logs beside the run's own
+    diagnostics: tuple[Diagnostic, ...] = ()    # measured in the step after each validation: its updates, logits, ...
     checkpoint_every: Count | None = None       # steps between checkpoints; null = none but when stopped
     keep_checkpoints: Count = 2                 # how many checkpoints to keep, the latest ones
     deterministic: bool = False                 # only algorithms that repeat every bit, if slower
@@ -84,6 +86,11 @@ class Config:
                         *self._entries_out_of_order(), *self._keys_nothing_reads(),
                         *self._points_out_of_order()]:
             raise ValueError("\n".join(problems))
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether forward passes must note the largest attention logits."""
+        return "logits" in self.diagnostics or any(group.hyper.clips_heads for group in self.optim)
 
     def validation_steps(self) -> frozenset[int]:
         """The numbers of completed updates at which to validate: multiples of `val_every`, and the end."""
@@ -125,8 +132,9 @@ class Config:
             yield f"optim: {' and '.join(rests)} both take `{REST}`; only one group can have what is left"
 
     def _entries_out_of_order(self):
-        if len(set(self.log)) < len(self.log):
-            yield f"log: {', '.join(self.log)} names one twice; remove it"
+        for key in ("log", "diagnostics"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                yield f"{key}: {', '.join(getattr(self, key))} names one twice; remove it"
         plan = self.val_every if isinstance(self.val_every, tuple) else ()
         starts = [entry.first_step(self.steps) for entry in plan]
         if any(later < earlier for earlier, later in zip(starts, starts[1:])):

@@ -51,8 +51,12 @@ class WeightsAndBiases:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, train_s: float, **values) -> None:
-        self.run.log({"step": step, "time/training_time_ms": 1e3 * train_s,
+    def write(self, step: int, train_s: float, diagnostics: dict = {}, max_logits: dict = {}, **values) -> None:
+        measured = {f"diagnostics/{what}/{name}": value
+                    for name, found in diagnostics.items() for what, value in found.items()}
+        measured |= {f"diagnostics/max_logit/{name}.{head}": value
+                     for name, found in max_logits.items() for head, value in enumerate(found)}
+        self.run.log({"step": step, "time/training_time_ms": 1e3 * train_s, **measured,
                       **{self.NAMES[key]: value for key, value in values.items()}})
 
     def close(self) -> None:

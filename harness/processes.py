@@ -31,13 +31,21 @@ class Processes:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def all_max(self, value: float) -> float:
-        """The largest of the ranks' values, on every rank."""
+    def all_max(self, value):
+        """The largest of the ranks' numbers, or of each number in equally long lists, on every rank."""
         if self.world == 1:
             return value
         box = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return box.item()
+        return box.tolist()
+
+    def merged(self, found: dict) -> dict:
+        """The entries of every rank's dict, on every rank; of entries with one key the highest rank's."""
+        if self.world == 1:
+            return found
+        everyones = [None] * self.world
+        dist.all_gather_object(everyones, found)
+        return {key: value for each in everyones for key, value in each.items()}
 
 
 def start(deterministic: bool = False) -> Processes:

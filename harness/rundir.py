@@ -90,7 +90,7 @@ class Log:
         """
         if upto_step is not None and path.exists():
             kept = [line for line in _whole_lines(path)
-                    if line["step"] < upto_step or (line["step"] == upto_step and "train_loss" in line)]
+                    if line["step"] < upto_step or (line["step"] == upto_step and "val_loss" not in line)]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a", buffering=1)
 
