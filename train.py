@@ -135,7 +135,8 @@ def main(argv: list[str]) -> int:
     progress.say(f"{cfg.name}: {sum(p.numel() for p in params.values()):,} parameters, {cfg.steps} steps of "
                  f"{cfg.batch_tokens:,} tokens, {procs.world} x {processes.device_name(device)}\n"
                  f"precision {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention {model.attention_form}; "
-                 f"compiled {'yes' if compiled is True else compiled or 'no'}; orthogonalisation {optimizer.orthogonalisation}")
+                 f"compiled {'yes' if compiled is True else compiled or 'no'}; "
+                 f"orthogonalisation {optimizer.orthogonalisation}")
 
     # ------------------------------------------------------------ 6. a step, and a validation
     micro_rows = (cfg.micro_batch_tokens or cfg.batch_tokens) // cfg.seq_len

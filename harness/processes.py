@@ -58,11 +58,13 @@ def start(deterministic: bool = False) -> Processes:
     else:
         device = torch.device("cpu")
         keep_freed_memory()
+        deterministic = True         # free here; else Inductor's threads add up the embedding's gradient in any order
         if local_world > 1:          # torchrun sets OMP_NUM_THREADS=1 then, which leaves cores idle: share them out
             torch.set_num_threads(max(1, _cores() // local_world))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False            # nothing here reads what it never wrote
     if "RANK" in os.environ and world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)

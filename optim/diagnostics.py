@@ -9,6 +9,7 @@
 
 Of a weight with several logical matrices the largest value counts. A rank measures what it owns.
 """
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,18 +51,20 @@ class Probe:
                 for name, values in self._smoothness(bank, old, self.g1[i], g2[i]):
                     found.setdefault(name, {}).update(values)
         self.old = self.g1 = None
-        return found
+        return {name: {what: value for what, value in values.items() if math.isfinite(value)}      # JSON has no NaN
+                for name, values in found.items()}
 
     def _smoothness(self, bank: Bank, old: Tensor, g1: Tensor, g2: Tensor):
         geometry = getattr(bank.rule, "geometry", "spectral")
         g1, g2, moved = bank.cut.take(g1), bank.cut.take(g2), bank.cut.take(bank.mine.float() - old.float())
         ratios, norms = smoothness(g1, g2, moved, geometry), dual_norm(g1, geometry)
-        for name, ratio, norm in zip(names_of(bank), *(x.view(-1, bank.cut.blocks).amax(1).tolist() for x in (ratios, norms))):
+        largest = (values.view(-1, bank.cut.blocks).amax(1).tolist() for values in (ratios, norms))
+        for name, ratio, norm in zip(names_of(bank), *largest):
             window = self.pairs.setdefault(name, [])
             window.append((ratio, norm))
             values = {"smoothness": ratio, "gradient_dual_norm": norm}
             if len(window) > 1:
-                values["l0"], values["l1"] = fit(*map(torch.tensor, zip(*window)))
+                values["l0"], values["l1"] = fit(*zip(*window))
             yield name, values
 
 

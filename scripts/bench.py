@@ -31,7 +31,7 @@ def our_step(config: Config, device: torch.device) -> Callable[[], None]:
     compiled = device.type == "cuda" if config.compile is None else config.compile
     forward = torch.compile(model, dynamic=False) if compiled else model
     optimizer = Optimizer(dict(model.named_parameters()), model.roles(), config.optim, config.average, config.grad_clip,
-                          compile=compiled)
+                          compiled, config.model.heads, config.model.tied)
     micro_rows = (config.micro_batch_tokens or config.batch_tokens) // config.seq_len
     batches = random_batch(config, device).split(micro_rows)
     step = 0
