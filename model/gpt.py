@@ -31,9 +31,11 @@ class GPT(nn.Module):
     """A decoder-only transformer over rows of (with learned positions: at most) `seq_len` tokens.
 
     Weights are made without values: call `init_weights` or load some. It may be built on "meta".
+    With `track_logits` forward passes that record gradients note every head's largest attention logit.
     """
 
-    def __init__(self, config: ModelConfig, seq_len: int, activation_dtype: torch.dtype = torch.float32):
+    def __init__(self, config: ModelConfig, seq_len: int, activation_dtype: torch.dtype = torch.float32,
+                 track_logits: bool = False):
         super().__init__()
         self.config, self.seq_len, self.activation_dtype = config, seq_len, activation_dtype
         self.embed = Embedding(config.vocab_rows, config.width)
@@ -48,6 +50,9 @@ class GPT(nn.Module):
                 if role in config.bf16_roles:
                     parameter = self.get_parameter(name)
                     parameter.data = parameter.data.to(torch.bfloat16)
+        if track_logits:
+            for attn in self.attentions().values():
+                attn.max_logit = torch.full((config.heads,), -torch.inf, dtype=torch.float32)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropies in nats (float32, 0-d) of tokens (b, t) against targets (b, t), int64."""
@@ -101,6 +106,25 @@ class GPT(nn.Module):
     def roles(self) -> dict[str, str]:
         """The role of every parameter, by name."""
         return {name: role_of(name) for name, _ in self.named_parameters()}
+
+    def attentions(self) -> dict[str, Attention]:
+        """The attention of every block, by name."""
+        return {f"blocks.{layer}.attn": block.attn for layer, block in enumerate(self.blocks)}
+
+    def max_logits(self) -> dict[str, Tensor]:
+        """Attention's name -> (heads,) float32, the largest s·q·k of each head since the last reset: the tensors
+        that the next forward pass raises, not copies. Empty without `track_logits`."""
+        return {name: attn.max_logit for name, attn in self.attentions().items() if attn.max_logit is not None}
+
+    def reset_max_logits(self) -> None:
+        for largest in self.max_logits().values():
+            largest.fill_(-torch.inf)
+
+    def qk_parameters(self) -> dict[str, list[str]]:
+        """Attention's name -> the names of the weights and biases that make its q and k, head after head in rows."""
+        return {name: [f"{name}.{part}.{parameter}" for part in "qk"
+                       for parameter, _ in attn.get_submodule(part).named_parameters()]
+                for name, attn in self.attentions().items()}
 
     def flops_per_token(self) -> float:
         """Forward and backward: 6N + 12·L·H·Q·T, N without look-ups (PaLM, arXiv:2204.02311, appendix B)."""
