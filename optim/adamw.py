@@ -17,12 +17,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from optim.rule import Rule
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LARGEST = 1e18                                           # its square is a float32 number
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
-class AdamW:
+class AdamW(Rule):
     """Elementwise: `w` is any tensor, usually a whole group's parameters end to end."""
     lr: Annotated[float, Field(ge=0)] = 1e-3             # learning rate η: roughly, change per step
     betas: tuple[Beta, Beta] = (0.9, 0.95)               # β₁, β₂: decay of the first and second moment
@@ -30,24 +32,34 @@ class AdamW:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0    # λ, times the learning rate
 
     elementwise: ClassVar[bool] = True
-    VARYING: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
 
     def init(self, w: Tensor) -> dict[str, Tensor]:
-        """First and second moment, zero: float32, or float64 for float64 weights."""
-        dtype = torch.promote_types(w.dtype, torch.float32)
-        return {"m": torch.zeros_like(w, dtype=dtype), "v": torch.zeros_like(w, dtype=dtype)}
+        """First and second moment, zero."""
+        return zero_moments(w)
 
     def update(self, w: Tensor, g: Tensor, state: dict[str, Tensor], h: dict[str, Tensor]) -> None:
-        """One step, in place on `w` and `state`; `h` holds lr, weight_decay and t (from 1) as 0-d float64."""
-        m, v, t = state["m"], state["v"], h["t"]
-        b1, b2 = self.betas
-        g = g.to(m.dtype).clamp(-LARGEST, LARGEST)
-        m.lerp_(g, 1 - b1)
-        v.mul_(b2).addcmul_(g, g, value=1 - b2)
-        root = v.sqrt() / (1 - b2 ** t).sqrt()           # √v̂
-        shrinkage = h["lr"] * h["weight_decay"] * w.to(m.dtype)
-        w.sub_(h["lr"] / (1 - b1 ** t) * (m / (root + self.eps)) + shrinkage)
+        shrinkage = h["lr"] * h["weight_decay"] * w.to(state["m"].dtype)
+        w.sub_(adam_step(g, state, h["lr"], h["t"], self.betas, self.eps) + shrinkage)
 
-    def lr_multiplier(self, rows: int, cols: int) -> float:
-        """The factor on `lr` for a matrix of this shape: none."""
-        return 1.0
+    def flops(self, rows: int, cols: int) -> float:
+        return 16.0 * rows * cols                        # both moments 7, the step 5, decay and the rest 4
+
+    def state_numbers(self, rows: int, cols: int) -> int:
+        return 2 * rows * cols
+
+
+def zero_moments(w: Tensor) -> dict[str, Tensor]:
+    """m and v before the first update: float32, or float64 for float64 weights."""
+    dtype = torch.promote_types(w.dtype, torch.float32)
+    return {"m": torch.zeros_like(w, dtype=dtype), "v": torch.zeros_like(w, dtype=dtype)}
+
+
+def adam_step(g: Tensor, state: dict[str, Tensor], lr: Tensor, t: Tensor, betas: tuple[float, float],
+              eps: float) -> Tensor:
+    """η m̂ / (√v̂ + ε), having advanced `state`'s m and v with g; update number t counts from 1."""
+    m, v, (b1, b2) = state["m"], state["v"], betas
+    g = g.to(m.dtype).clamp(-LARGEST, LARGEST)
+    m.lerp_(g, 1 - b1)
+    v.mul_(b2).addcmul_(g, g, value=1 - b2)
+    root = v.sqrt() / (1 - b2 ** t).sqrt()               # √v̂
+    return lr / (1 - b1 ** t) * (m / (root + eps))

@@ -99,6 +99,25 @@ def test_a_zero_gradient_lets_momentum_and_decay_go_on():
     assert (w != before).all()
 
 
+def test_the_stated_numbers_of_state_are_what_init_makes():
+    state = AdamW().init(torch.empty(SHAPE, device="meta"))
+    assert sum(t.numel() for t in state.values()) == AdamW().state_numbers(*SHAPE)
+
+
+def test_without_decay_a_step_does_not_depend_on_the_weight_and_with_it_by_the_shrinkage():
+    for weight_decay in (0., .5):
+        w, zeros, h = weights(torch.float64), torch.zeros(SHAPE).double(), hyper(lr=.1, weight_decay=weight_decay, t=1)
+        for x in (w, zeros):
+            AdamW().update(x, gradients(1, torch.float64)[0], AdamW().init(x), h)
+        assert torch.allclose(w - zeros, (1 - AdamW().shrinkage(h, *SHAPE)) * weights(torch.float64), rtol=1e-12)
+
+
+def test_a_steady_gradient_makes_steps_of_the_stated_size():
+    w = torch.zeros(SHAPE)
+    run(AdamW(), w, [gradients(1)[0]] * 3, [.01] * 3)
+    assert w.square().mean().sqrt().item() == pytest.approx(3 * .01 * AdamW().step_rms(*SHAPE), rel=1e-4)
+
+
 def test_impossible_hyperparameters_are_refused():
     for wrong in (dict(beta=.9), dict(betas=(.9, 1.0)), dict(lr=-1.0), dict(eps=0.0)):
         with pytest.raises(ValidationError):
