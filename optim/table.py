@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optim.blocks import cut_for
 from optim.groups import Group, assign
 from optim.plan import BankPlan, plan_banks
 
@@ -36,16 +37,18 @@ def parameter_table(groups: tuple[Group, ...], params: Mapping[str, Tensor], rol
     """
     assignment = assign(groups, roles, {name: tuple(p.shape) for name, p in params.items()})
     rows = {row.name: row for bank in plan_banks(groups, assignment, params, roles, heads, tied, world)
-            for row in _rows(bank, params, roles)}
+            for row in _rows(bank, params, roles, tied)}
     return [rows[name] for name in params]
 
 
-def _rows(bank: BankPlan, params: Mapping[str, Tensor], roles: dict[str, str]):
+def _rows(bank: BankPlan, params: Mapping[str, Tensor], roles: dict[str, str], tied: bool):
     group, rule = bank.group, bank.group.hyper
     for name, owner in zip(bank.names, bank.owners):
         p = params[name]
-        fan_out, fan_in = bank.cut.shape(tuple(p.shape))
+        cut = cut_for("whole", roles[name], 1, tied) if bank.shape is None else bank.cut
+        fan_out, fan_in = cut.shape(tuple(p.shape))
         h = {key: torch.tensor(float(getattr(rule, key)), dtype=torch.float64) for key in rule.VARYING}
+        h["t"] = torch.tensor(100.0, dtype=torch.float64)              # some update that is not the first
         yield ParameterRow(
             name, roles[name], group.name, group.rule, f"{bank.cut.blocks} blocks" if bank.cut.blocks > 1 else "whole",
             fan_out, fan_in, rule.lr, None if group.hyperball else rule.lr * rule.step_rms(fan_out, fan_in),

@@ -203,12 +203,20 @@ def test_a_dry_run_trains_nothing_and_says_what_is_missing(tiny, capsys):
     assert not (tiny.parent / "runs").exists()
 
 
-def test_print_config_names_the_source_of_every_value_and_the_update_scales(tiny, capsys):
-    assert train_here("--config", tiny, "--print-config", "optim.hidden.lr=0.5") == 0
+def test_print_config_names_the_source_of_every_value_and_what_a_step_does_to_every_parameter(tiny, capsys):
+    assert train_here("--config", tiny, "--print-config", "optim.hidden.lr=0.5", "optim.hidden.weight_decay=0.1") == 0
     out = capsys.readouterr().out
     assert "tiny.yaml" in out and "default" in out and "override" in out
-    row = next(line for line in out.splitlines() if "128x32" in line)
-    assert "muon" in row and "0.5" in row and " 2 " in row                      # sqrt(128/32) = 2 times the lr
+    row = next(line for line in out.splitlines() if "blocks.1.mlp.up.weight" in line).split()
+    # Muon's step of lr .5 x sqrt(128/32) is orthogonal: an entry's root mean square is that over sqrt(128).
+    assert row[2:] == ["mlp_in", "whole", "128", "32", "muon", "0.5", "0.0884", "0.05", "16,384", "0"]
+    with torch.device("meta"):
+        from harness.load import load
+        from model.gpt import GPT
+        names = dict(GPT(load(str(tiny)).config.model, 32).named_parameters())
+    assert all(f"# {name} " in out for name in names)
+    per_parameter = next(line for line in out.splitlines() if line.startswith("# hidden "))
+    assert per_parameter.split()[-2:] == ["4.000", "4.000"]                     # one float32 momentum, as the formula says
     assert not (tiny.parent / "runs").exists()
 
 
