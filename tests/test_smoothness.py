@@ -62,7 +62,7 @@ def test_the_fit_is_the_best_of_all_that_are_not_negative():
 def test_pairs_that_say_nothing_do_not_count():
     nan, inf = float("nan"), float("inf")
     assert fit([3, nan, 5, 7, inf], [1, 1, 2, inf, 4]) == pytest.approx((1, 2))
-    for ratios, norms in (([], []), ([3], [1]), ([3, 4, nan], [1, 1, 2])):
+    for ratios, norms in (([], []), ([3], [1]), ([3, 4, nan], [1, 1, 2]), ([3, 4, 5], [.1, .1, .1])):
         assert all(math.isnan(value) for value in fit(ratios, norms))
     same = stack((1, 4, 4))
     assert not smoothness(same, same + 1, torch.zeros(1, 4, 4), "spectral").isfinite().any()
