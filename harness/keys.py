@@ -108,6 +108,8 @@ def meant(path: tuple, rule: str | None = None) -> str:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {dotted((*above, near[0]))!r}? " if near else ""
         return f"{hint}{rule} knows {', '.join(fields(RULES[rule]))}"
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.85):       # step, where steps is known
+        return f"did you mean {dotted((*above, near[0]))!r}?"
     if key in everywhere and key not in known:
         return f"did you mean {everywhere[key]!r}?"
     if near := difflib.get_close_matches(key, known, n=1):
