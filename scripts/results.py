@@ -26,7 +26,8 @@ def row(run: Path) -> dict[str, str]:
     cut_off = state_of(run) == "running"
     summary = {} if cut_off else json.loads((run / "summary.json").read_text())
     train, val = read_log(run)
-    steps, judged = train[-1]["step"] if train else 0, "val_loss_avg" if config["target_on"] == "average" else "val_loss"
+    steps = train[-1]["step"] if train else 0
+    judged = "val_loss_avg" if config["target_on"] == "average" else "val_loss"
     cells = dict.fromkeys(COLUMNS, "") | {
         "preset": config["name"], "seed": str(config["seed"]), "device": device(env), "date": env["started"][:10],
         "steps": f"{steps:,}" if steps == config["steps"] else f"{steps:,} of {config['steps']:,}"}
