@@ -47,6 +47,11 @@ def adamw(w, g, m, v, t, lr, betas, eps, weight_decay):
     return w * (1 - lr * weight_decay) - lr * m_hat / (v_hat.sqrt() + eps), m, v
 
 
+def shape_factor(m, n, scale):
+    return {"spectral": max(1, m / n) ** .5, "unclamped": (m / n) ** .5, "rms": .2 * max(m, n) ** .5,
+            "rms1": max(m, n) ** .5, "none": 1}[scale]
+
+
 def muon(W, G, M, lr, momentum, weight_decay, form="ema", nesterov=True, preset="kj5", scale="spectral",
          decay="lr", cautious=False):
     """(W, M) after one update."""
@@ -55,11 +60,142 @@ def muon(W, G, M, lr, momentum, weight_decay, form="ema", nesterov=True, preset=
     U = fresh * G + momentum * M if nesterov else M
     O = newton_schulz(U, preset)
     m, n = W.shape
-    s = {"spectral": max(1, m / n) ** .5, "unclamped": (m / n) ** .5, "rms": .2 * max(m, n) ** .5,
-         "rms1": max(m, n) ** .5, "none": 1}[scale]
+    s = shape_factor(m, n, scale)
     shrink = {"lr": lr, "lr2": lr ** 2, "scaled": lr * s}[decay] * weight_decay
     mask = (O * W >= 0).double() if cautious else 1
     return W - lr * s * O - shrink * mask * W, M
+
+
+# ---- Muon as each publication has it, from its own text and with its own defaults; not through the switches above.
+
+def muon_kj(W, G, M, lr=.02, momentum=.95, weight_decay=0):
+    """KellerJordan/Muon: lerp, lerp, NS5, √max(1, m/n); decay first."""
+    M = M + (1 - momentum) * (G - M)
+    U = G + momentum * (M - G)
+    m, n = W.shape
+    return W * (1 - lr * weight_decay) - lr * max(1, m / n) ** .5 * newton_schulz(U, "kj5"), M
+
+
+def muon_moonlight(W, G, M, lr=1e-3, momentum=.95, weight_decay=.1):
+    """arXiv:2502.16982: W - η(.2 √max(m, n) O + λW)."""
+    M = momentum * M + G
+    O = newton_schulz(momentum * M + G, "kj5")
+    return W - lr * (.2 * max(W.shape) ** .5 * O + weight_decay * W), M
+
+
+def muon_torch(W, G, M, lr=1e-3, momentum=.95, weight_decay=.1):
+    """torch.optim.Muon: the code, an average, and not its docstring, a sum."""
+    M = momentum * M + (1 - momentum) * G
+    m, n = W.shape
+    ratio = (m / n) ** .5 if m > n else 1
+    return W - lr * weight_decay * W - lr * ratio * newton_schulz((1 - momentum) * G + momentum * M, "kj5"), M
+
+
+def muon_dion(W, G, M, lr=.01, momentum=.95, weight_decay=.01):
+    """microsoft/dion's Muon: no Nesterov, Polar Express, √(fan out / fan in)."""
+    M = momentum * M + G
+    fan_out, fan_in = W.shape
+    O = newton_schulz(M, "polar_express5")
+    return W - lr * weight_decay * W - lr * (fan_out / fan_in) ** .5 * O, M
+
+
+def muon_record4(W, G, M, lr=.1 * .0036, momentum=.95, weight_decay=0):
+    """modded-nanogpt 2024-10-10: an update of RMS 1, no decay."""
+    M = momentum * M + G
+    O = newton_schulz(G + momentum * M, "kj5")
+    return W - lr * O * max(O.shape[0], O.shape[1]) ** .5, M
+
+
+def muon_record8(W, G, M, lr=.02, momentum=.95, weight_decay=0):
+    """modded-nanogpt 2024-11-03: the same with √max(1, rows/cols)."""
+    M = momentum * M + G
+    O = newton_schulz(G + momentum * M, "kj5")
+    return W - lr * O * max(1, O.shape[0] / O.shape[1]) ** .5, M
+
+
+def muon_track3(W, G, M, lr=.025, momentum=.95, weight_decay=.05):
+    """modded-nanogpt's track 3, result #36: twelve steps of (2, -1.5, .5)."""
+    M = momentum * M + (1 - momentum) * G
+    O = newton_schulz((1 - momentum) * G + momentum * M, "exact12")
+    return W - lr * weight_decay * W - lr * O * max(1, O.shape[0] / O.shape[1]) ** .5, M
+
+
+# ---- relatives of Muon
+
+def normuon(W, G, M, v, lr, momentum, weight_decay, form="ema", nesterov=True, preset="kj5", beta2=.95, eps=1e-10,
+            statistic="longer", restore="update", scale="spectral", decay="lr"):
+    """(W, M, v) after one update; v is (m, 1) or (1, n)."""
+    fresh = 1 - momentum if form == "ema" else 1
+    M = momentum * M + fresh * G
+    O = newton_schulz(fresh * G + momentum * M if nesterov else M, preset)
+    m, n = W.shape
+    per_row = statistic == "rows" or m >= n
+    v = beta2 * v + (1 - beta2) * (O ** 2).mean(dim=1 if per_row else 0, keepdim=True)
+    O_hat = O / v.clamp(min=eps).sqrt()
+    norm = O.norm() if restore == "update" else min(m, n) ** .5
+    s = shape_factor(m, n, scale)
+    shrink = {"lr": lr, "lr2": lr ** 2, "scaled": lr * s}[decay] * weight_decay
+    if O_hat.norm() == 0:
+        return W - shrink * W, M, v
+    return W - lr * s * norm * O_hat / O_hat.norm() - shrink * W, M, v
+
+
+def normuon_paper(W, G, M, v, lr=1e-3, momentum=.95, weight_decay=0):
+    """arXiv:2510.05491, Algorithm 1."""
+    M = momentum * M + (1 - momentum) * G
+    O = newton_schulz(M, "kj5")
+    m, n = W.shape
+    v = .95 * v + .05 * (O * O).sum(1, keepdim=True) / n
+    O_hat = O / (v.sqrt() + 1e-10)
+    eta = .2 * lr * (m * n) ** .5 / O_hat.norm()
+    return W - lr * weight_decay * W - eta * O_hat, M, v
+
+
+def normuon_record41(W, G, M, v, lr=.06, momentum=.95, weight_decay=0):
+    """modded-nanogpt 2025-10-24, on weights as they lie there: tall ones transposed, so that no shape has a factor."""
+    if W.shape[0] > W.shape[1]:
+        return tuple(X.T for X in normuon_record41(W.T, G.T, M.T, v.T, lr, momentum, weight_decay))
+    M = momentum * M + (1 - momentum) * G
+    O = newton_schulz((1 - momentum) * G + momentum * M, "polar_express5")
+    v = .95 * v + .05 * (O * O).mean(0 if W.shape[0] < W.shape[1] else 1, keepdim=True)
+    O_hat = O * v.clamp(min=1e-10).rsqrt()
+    return W - lr * O_hat * O.norm() / O_hat.norm(), M, v
+
+
+def normuon_track3(W, G, M, v, lr=.035, momentum=.95, weight_decay=.025):
+    """modded-nanogpt's track 3, result #10: the statistics are of the scaled O, whose norm is restored."""
+    M = momentum * M + (1 - momentum) * G
+    m, n = W.shape
+    O = newton_schulz((1 - momentum) * G + momentum * M, "exact12") * max(1, m / n) ** .5
+    v = .95 * v + .05 * (O * O).mean(1 if m >= n else 0, keepdim=True)
+    O_hat = O * v.clamp(min=1e-10).rsqrt()
+    return W - lr * weight_decay * W - lr * O_hat * O.norm() / O_hat.norm(), M, v
+
+
+def adamuon(W, G, M, V, lr, momentum, weight_decay, form="ema", nesterov=True, preset="kj5", eps=1e-8):
+    """(W, M, V) after one update (arXiv:2507.11005, from version 2 on)."""
+    fresh = 1 - momentum if form == "ema" else 1
+    M = momentum * M + fresh * G
+    O = newton_schulz(torch.sign(fresh * G + momentum * M if nesterov else M), preset)
+    V = momentum * V + (1 - momentum) * O * O
+    O_hat = O / (V.sqrt() + eps)
+    W = W - lr * weight_decay * W
+    return (W - .2 * lr * W.numel() ** .5 * O_hat / O_hat.norm() if O_hat.norm() > 0 else W), M, V
+
+
+def muon2(W, G, M, V, lr, momentum, weight_decay, form="ema", nesterov=True, preset="exact12", beta2=.95, eps=1e-10,
+          scale="spectral"):
+    """(W, M, V) after one update (arXiv:2604.09967)."""
+    fresh = 1 - momentum if form == "ema" else 1
+    M = momentum * M + fresh * G
+    V = beta2 * V + (1 - beta2) * G * G
+    O = newton_schulz((fresh * G + momentum * M if nesterov else M) / (V.sqrt() + eps), preset)
+    return W * (1 - lr * weight_decay) - lr * shape_factor(*W.shape, scale) * O, M, V
+
+
+def spectral_descent(W, G, lr, weight_decay, preset="exact12", scale="spectral"):
+    """W after one update."""
+    return W * (1 - lr * weight_decay) - lr * shape_factor(*W.shape, scale) * newton_schulz(G, preset)
 
 
 def splus(W, G, M, L, R, Q_L, Q_R, lr, betas, weight_decay):

@@ -5,7 +5,6 @@ import torch
 from pydantic import ValidationError
 
 from optim.muon import Muon
-from optim.orthogonalise import orthogonalise
 from tests import oracles
 
 COUNT = 20
@@ -56,8 +55,7 @@ SWITCHES = [
     dict(scale="none"),
     dict(decay="lr2"),
     dict(decay="scaled"),
-    dict(cautious=True),
-    dict(form="sgd", preset="polar_express5", scale="rms", decay="scaled", cautious=True),
+    dict(form="sgd", preset="polar_express5", scale="rms", decay="scaled"),
 ]
 SPELLING = {"form": "momentum_form", "preset": "ns_coefficients"}
 
@@ -140,19 +138,6 @@ def test_record_4s_learning_rate_in_spectral_units():
         assert rule.lr * rule.lr_multiplier(*shape) == pytest.approx(step, abs=5e-6)
 
 
-def test_cautious_decay_spares_weights_that_the_update_grows():
-    W = weights()
-    before, G = W.clone(), gradients()[0]
-    rule = Muon(cautious=True, ns_dtype="float32")
-    rule.update(W, G, rule.init(W), hyper(lr=.1, momentum=0, weight_decay=1, t=1))
-    O = orthogonalise(G)
-    undecayed = before - .1 * rule.lr_multiplier(24, 16) * O
-    grows = O * before < 0
-    assert 0 < grows.sum() < grows.numel()
-    assert torch.allclose(W[grows], undecayed[grows], atol=1e-6)
-    assert torch.allclose(W[~grows], (undecayed - .1 * before)[~grows], atol=1e-6)
-
-
 @pytest.mark.parametrize("form", ["ema", "sgd"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_update_leaves_the_gradient_alone_and_shares_no_memory_with_it(form, nesterov):
@@ -208,16 +193,58 @@ def test_a_zero_gradient_lets_momentum_and_decay_go_on():
     assert torch.allclose(state["momentum"], .9 * momentum) and (W - before).norm() > .1
 
 
+def test_steps_do_not_depend_on_weights_that_do_not_decay():
+    steps = []
+    for W in (weights(), torch.zeros(3, 24, 16)):
+        before, rule = W.clone(), Muon(ns_dtype="float32")
+        rule.update(W, gradients()[0], rule.init(W), hyper(lr=.1, momentum=.9, weight_decay=0, t=1))
+        steps.append(W - before)
+    assert torch.allclose(*steps, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay, expected", [("lr", .1 * .5), ("lr2", .01 * .5), ("scaled", .1 * 2 * .5)])
+def test_shrinkage_is_what_a_zero_gradient_takes_away(decay, expected):
+    rule, W, h = Muon(decay=decay), weights((2, 64, 16)), hyper(lr=.1, momentum=.9, weight_decay=.5, t=1)
+    assert rule.shrinkage(h, 64, 16).item() == pytest.approx(expected)
+    rule.update(W, torch.zeros_like(W), rule.init(W), h)
+    assert torch.allclose(W, weights((2, 64, 16)) * (1 - expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["spectral", "unclamped", "rms", "rms1", "none"])
+def test_step_rms_is_that_of_an_orthogonal_step_at_learning_rate_1(scale):
+    rule = Muon(scale=scale, ns_coefficients="exact12", ns_dtype="float32")
+    for shape in ((2, 48, 8), (2, 8, 48), (2, 16, 16)):
+        W = torch.zeros(shape)
+        rule.update(W, gradients(shape)[0], rule.init(W), hyper(lr=1, momentum=.9, weight_decay=0, t=1))
+        assert W.square().mean().sqrt() == pytest.approx(rule.step_rms(*shape[1:]), rel=1e-3)
+
+
+def test_operations_of_the_gpt_2_shapes():
+    # 5 steps: 13.6 GFLOP for 768×768 and 40.8 for 3072×768; without A² 2/3 and 8/9 of it.
+    d3 = 768 ** 3
+    for settings, square, mlp in ((dict(), 30, 90), (dict(ns_coefficients="exact12"), 72, 216),
+                                  (dict(ns_coefficients="cubic5"), 20, 80), (dict(ns_steps=2), 12, 36)):
+        rule = Muon(**settings)
+        for shape, expected in (((768, 768), square), ((3072, 768), mlp), ((768, 3072), mlp)):
+            assert rule.flops(*shape) == pytest.approx(expected * d3 + 10 * shape[0] * shape[1])
+
+
+def test_state_numbers_are_what_init_makes():
+    assert sum(t.numel() for t in Muon().init(torch.zeros(1, 24, 16, device="meta")).values()) \
+        == Muon().state_numbers(24, 16) == 24 * 16
+
+
 def test_impossible_hyperparameters_are_refused():
     for wrong in (dict(ns_coefficients="kj6"), dict(momentum=1.0), dict(scale="rms2"), dict(ns_steps=0),
-                  dict(mu=.9), dict(ns_dtype="float16"), dict(momentum_form="nesterov"), dict(decay="raw")):
+                  dict(mu=.9), dict(ns_dtype="float16"), dict(momentum_form="nesterov"), dict(decay="raw"),
+                  dict(cautious=True)):
         with pytest.raises(ValidationError):
             Muon(**wrong)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs a C++ compiler")
 def test_a_compiled_update_equals_an_eager_one():
-    rule = Muon(cautious=True, ns_dtype="float32")
+    rule = Muon(decay="scaled", ns_dtype="float32")
     W, compiled_W = weights(), weights()
     state, compiled_state = rule.init(W), rule.init(W)
     compiled = torch.compile(rule.update, dynamic=False, fullgraph=True)
