@@ -16,7 +16,7 @@ DEFAULT = "default"
 
 class Loaded(NamedTuple):
     config: Config
-    origins: dict[str, str]                 # dotted key, groups by their names -> file, override or default
+    origins: dict[str, str]                 # dotted key, groups by their names -> file, override, variant or default
     path: Path                              # of the file
     text: str                               # of the file, as it was read
 
@@ -36,13 +36,21 @@ def load(config: str, overrides: Sequence[str] = ()) -> Loaded:
         tree = apply(tree, override)
     tree.setdefault("name", Leaf(path.stem, Origin("file name", shown(path))))
     config = validate(tree, shown(path))
-    origins = {key: _source(tree, key) for key, _ in lines_of(config) if key}
+    variants = _set_by_variants(config)
+    origins = {key: _source(tree, key) or variants.get(key, DEFAULT) for key, _ in lines_of(config) if key}
     return Loaded(config, origins, path, path.read_text(encoding="utf-8"))
 
 
 def _source(tree, key: str) -> str:
+    """Where the value at `key` was written, or nothing."""
     sources = sources_of(tree, tuple(int(part) if part.isdecimal() else part for part in key.split(".")))
-    return ", ".join(sources) or DEFAULT
+    return ", ".join(sources)
+
+
+def _set_by_variants(config: Config) -> dict[str, str]:
+    """Dotted key -> `variant NAME` of the hyperparameters that a rule's variant sets (optim/variants.py)."""
+    return {f"optim.{group.name}.{key}": f"variant {group.hyper.variant}" for group in config.optim
+            for key in getattr(group.hyper, "VARIANTS", {}).get(getattr(group.hyper, "variant", None), ())}
 
 
 def format_resolved(loaded: Loaded) -> str:

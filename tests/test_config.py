@@ -214,6 +214,15 @@ def test_the_resolved_configuration_shows_every_value_and_its_origin(demo):
     assert all(loaded.origins) and loaded.text == PRESET and loaded.path.name == "demo.yaml"
 
 
+def test_the_resolved_configuration_shows_what_a_variant_set(demo):
+    loaded = demo("optim.hidden.variant=moonlight", "optim.hidden.nesterov=false")
+    lines = {re.sub(" +", " ", line) for line in format_resolved(loaded).splitlines()}
+    assert lines >= {" lr: 0.03 # demo.yaml", " variant: moonlight # override", " nesterov: false # override",
+                     " momentum_form: sgd # variant moonlight", " weight_decay: 0.1 # variant moonlight",
+                     " ns_steps: null # default", " eps: 1.0e-08 # default"}
+    assert demo().origins["optim.hidden.momentum_form"] == "default"
+
+
 def test_identity_is_that_of_the_mathematics(demo):
     same = config_identity(demo().config)
     described = ["name=other", "runs_dir=elsewhere", "log=[wandb]", "trials=3", "checkpoint_every=5",
