@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-SOURCE = ("train.py", "model/*.py", "optim/*.py", "data/*.py", "harness/*.py", "scripts/*.py", "configs/*",
+SOURCE = ("train.py", "model/*.py", "optim/*.py", "data/*.py", "harness/*.py", "scripts/*.py", "configs/**/*.yaml", "configs/*.json",
           "requirements*.txt")
 
 

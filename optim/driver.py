@@ -59,7 +59,9 @@ class Optimizer:
         roles: name -> parameter role.
         heads, tied: attention heads a layer, and whether the head is the embedding; they decide logical blocks.
         average: decay d of the weight average E ← d·E + (1-d)·W kept for evaluation, or None.
-        compile: compile the update (on a GPU: one fused kernel for an elementwise rule).
+        compile: compile the updates (one fused kernel for an elementwise rule); on a CPU of elementwise rules only, for
+            torch 2.13's code for a CPU fails on several of the others (KeyError in codegen/cpp.py), and their time goes
+            into products.
         qk: attention -> names of its query and key weights (heads·d, cols) and biases (heads·d,).
     Raises:
         GroupError: a parameter falls in no group or in two, or an option does not suit a group.
@@ -84,11 +86,11 @@ class Optimizer:
         self.averaged_steps, self.count = 0, {group.name: 0 for group in groups}
         for bank in self.banks:
             self.count[bank.group.name] += len(bank.params) * bank.cut.blocks
-        self._update, self._guarded = update, guarded_update
+        plain = fused = (update, guarded_update)
         if compile:                             # a graph a bank; past its default limit of 8 dynamo would run eagerly
             torch._dynamo.config.recompile_limit = max(64, 4 * len(self.banks))
-            self._update = torch.compile(update, dynamic=False)
-            self._guarded = torch.compile(guarded_update, dynamic=False)
+            fused = tuple(torch.compile(f, dynamic=False) for f in plain)
+        self.updates = {id(bank): fused if bank.flat or not self.host_may_look else plain for bank in self.banks}
         rules = {name: bank.rule for bank in self.banks for name in bank.params}
         self.clipped = {attn: (rules[names[0]], [params[name] for name in names])
                         for attn, names in qk.items() if rules[names[0]].clips_heads}
@@ -225,11 +227,12 @@ class Optimizer:
 
     def _update_bank(self, bank: Bank, g: Tensor, clip: Tensor | None, present: Tensor) -> None:
         h, W, G = self.varying[bank.group.name], bank.blocks(bank.mine), bank.blocks(g)
+        plainly, guardedly = self.updates[id(bank)]
         if bank.missing or not self.host_may_look:
             keep = self.ok & bank.had_gradient(present) if bank.missing else self.ok
-            self._guarded(bank.group, W, G, bank.state, h, clip, keep)
+            guardedly(bank.group, W, G, bank.state, h, clip, keep)
         elif self.ok:
-            self._update(bank.group, W, G, bank.state, h, clip)
+            plainly(bank.group, W, G, bank.state, h, clip)
         if not bank.flat:
             bank.cut.put(bank.mine, W)
 
