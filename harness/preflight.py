@@ -22,6 +22,10 @@ def check(config: Config, model: torch.nn.Module) -> None:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    for group in config.optim:
+        if group.hyper.clips_heads and config.model.qk_norm != "none":
+            raise ConfigError(f"optim.{group.name}: {group.rule} clips attention logits, which model.qk_norm bounds "
+                              "already: set model.qk_norm: none, or take muon with variant: moonlight")
     ranks, rows = int(os.environ.get("WORLD_SIZE", 1)), config.batch_tokens // config.seq_len
     if ranks > rows:
         raise ConfigError(f"{ranks} ranks, but a batch of {config.batch_tokens} tokens has {rows} rows of seq_len "
