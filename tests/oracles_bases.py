@@ -92,11 +92,12 @@ def root(S, p, eps):
 
 
 def shampoo(W, G, s, t, lr, betas=(.95, .95), eps=1e-12, weight_decay=0., every=10, graft="adam", graft_eps=1e-8,
-            p=.25, left=True, right=True):
-    """W after update t; `s["A"]`, `s["B"]` are the roots, None before the first."""
+            p=.25, left=True, right=True, given=(None, None)):
+    """W after update t; `s["A"]`, `s["B"]` are the roots, None before the first unless `given`."""
     (b1, b2), (m, n) = betas, W.shape
     if t == 1:
-        s.update(M=0 * W, V=0 * W, L=torch.zeros(m, m).double(), R=torch.zeros(n, n).double(), A=None, B=None)
+        s.update(M=0 * W, V=0 * W, L=torch.zeros(m, m).double(), R=torch.zeros(n, n).double(), A=given[0],
+                 B=given[1])
     s["M"], s["V"] = b1 * s["M"] + (1 - b1) * G, b2 * s["V"] + (1 - b2) * G * G
     M_hat = s["M"] / (1 - b1 ** t)
     T = {"adam": M_hat / ((s["V"] / (1 - b2 ** t)).sqrt() + graft_eps), "sgd": M_hat, "none": 0 * M_hat}[graft]
