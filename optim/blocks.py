@@ -12,6 +12,7 @@ what the speedrun does; a head pair at a time is its record 80.
 """
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Blocks = Literal["whole", "heads", "head_pairs"]
@@ -63,3 +64,12 @@ def cut_for(blocks: Blocks, role: str, heads: int, tied: bool) -> Cut:
         count = heads if blocks == "heads" else heads // 2
         return Cut(cols=count) if role == "attn_out" else Cut(rows=count)
     return Cut(transposed=role == "pos" or (role == "embed" and not tied))
+
+
+@torch.no_grad()
+def rescale_heads(parameter: Tensor, factors: Tensor) -> None:
+    """Multiply each head's rows of a weight (heads·d, cols) or bias (heads·d,) by its factor (heads,), in place.
+
+    A factor of 1 leaves the rows as they are, to the bit. Rounded once where the parameter is bfloat16.
+    """
+    parameter.view(len(factors), -1).mul_(factors[:, None])

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optim.bank import Bank
+from optim.blocks import rescale_heads
 from optim.constraints import constrained_update
 from optim.groups import Group, assign
 from optim.orthogonalise import iteration_dtype
@@ -262,7 +263,7 @@ class Optimizer:
         for (rule, params), max_logit in zip(self.clipped.values(), largest):
             factors = torch.where(self.ok, rule.clip_factors(max_logit), 1.0)
             for p in params:
-                p.view(len(factors), -1).mul_(factors.to(p.dtype)[:, None])
+                rescale_heads(p, factors)
 
     def _advance_averages(self) -> None:
         if self.decay is not None:

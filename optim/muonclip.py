@@ -41,6 +41,7 @@ class MuonClip(Rule):
     ns_dtype: DtypeName = "auto"                         # of its products; auto: bfloat16 where fast
 
     VARYING: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "momentum")
+    clips_heads: ClassVar[bool] = True
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
         """Momentum, zero: float32, or float64 for float64 weights."""
@@ -71,12 +72,3 @@ class MuonClip(Rule):
 
     def state_numbers(self, rows: int, cols: int) -> int:
         return rows * cols
-
-
-@torch.no_grad()
-def rescale_heads(parameter: Tensor, factors: Tensor) -> None:
-    """Multiply each head's rows of a weight (heads·d, cols) or bias (heads·d,) by its factor (heads,), in place.
-
-    A factor of 1 leaves the rows as they are, to the bit. Rounded once where the parameter is bfloat16.
-    """
-    parameter.view(len(factors), -1).mul_(factors[:, None])

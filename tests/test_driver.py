@@ -358,3 +358,39 @@ def test_reset_forgets_every_step():
     optimizer.reset()
     again = optimizer.state_dict()
     assert all(torch.equal(again[n][k], v) for n in fresh for k, v in fresh[n].items())
+
+
+def _clip(rank, ok):
+    """Two attentions of two heads; each rank has seen other logits, and rank 1 the larger ones of the second head."""
+    g = torch.Generator().manual_seed(0)
+    names = [f"{layer}.{what}" for layer in "ab" for what in ("q.weight", "q.bias", "k.weight")]
+    params = {n: nn.Parameter(torch.randn((8, 6) if "weight" in n else (8,), generator=g)) for n in names}
+    roles = {n: "bias" if "bias" in n else n[2] for n in names}
+    groups = (Group(name="hidden", params=("q", "k"), rule="muonclip", hyper=RULES["muonclip"](lr=0.0, tau=50.0)),
+              Group(name="rest", params=("rest",), rule="adamw", hyper=AdamW(lr=0.0)))
+    qk = {layer: [n for n in names if n[0] == layer] for layer in "ab"}
+    optimizer = Optimizer(params, roles, groups, average=0.5, heads=2, qk=qk)
+    start = {n: p.detach().clone() for n, p in params.items()}
+    for p in params.values():
+        p.grad = torch.full_like(p, 1.0 if ok else torch.nan)
+    optimizer.set_hyperparameters(0, FLAT, 10)
+    logits = {"a": torch.tensor([49.0, 200.0 if rank == optimizer.world - 1 else 60.0]), "b": torch.tensor([-1.0, 2.0])}
+    optimizer.step(0, torch.tensor(0.0), max_logits=logits)
+    with optimizer.averaged_weights():
+        averaged = {n: p.detach().clone() for n, p in params.items()}
+    return {n: (start[n], p.detach().clone(), averaged[n]) for n, p in params.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_heads_are_clipped_by_the_largest_logit_of_all_ranks(world):
+    seen = on_ranks(world, _clip, True) if world > 1 else _clip(0, True)
+    for name, (start, now, averaged) in seen.items():
+        expected = start.clone()
+        if name.startswith("a"):
+            expected[4:] *= (50 / 200) ** .5
+        torch.testing.assert_close(now, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(averaged, expected, rtol=1e-6, atol=0)        # averaged after the clip
+
+
+def test_a_bad_gradient_clips_no_head():
+    assert all(torch.equal(start, now) for start, now, _ in _clip(0, False).values())

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from data.shards import open_shard
 from model.config import ModelConfig
 from model.gpt import GPT
-from optim.muonclip import MuonClip, rescale_heads
+from optim.blocks import rescale_heads
+from optim.muonclip import MuonClip
 from tests import oracles
 
 COUNT = 20
