@@ -97,7 +97,8 @@ def main(argv: list[str]) -> int:
         sketch = GPT(cfg.model, cfg.seq_len)                          # shapes and roles, no memory
     preflight.check(cfg, sketch)
     if args.print_config:
-        print(preflight.describe(loaded, sketch))
+        if os.environ.get("RANK", "0") == "0":
+            print(preflight.describe(loaded, sketch))
         return 0
 
     # ------------------------------------------------------------ 2. data

@@ -394,3 +394,26 @@ def test_heads_are_clipped_by_the_largest_logit_of_all_ranks(world):
 
 def test_a_bad_gradient_clips_no_head():
     assert all(torch.equal(start, now) for start, now, _ in _clip(0, False).values())
+
+
+def _scion(rank, seed):
+    params = {"q": nn.Parameter(torch.zeros(8, 6)), "embed": nn.Parameter(torch.ones(9, 4)),
+              "gain": nn.Parameter(torch.ones(5))}
+    scion = RULES["scion"]
+    groups = (Group(name="hidden", params=("q",), rule="scion", hyper=scion(radius=3.0), blocks="heads"),
+              Group(name="embed", params=("embed",), rule="scion", hyper=scion(geometry="colnorm", radius=2.0)),
+              Group(name="rest", params=("rest",), rule="scion", hyper=scion(geometry="max", init_on_ball=False)))
+    optimizer = Optimizer(params, {n: n for n in params}, groups, heads=2)
+    optimizer.init_weights(seed)
+    return {n: p.detach().clone() for n, p in params.items()}
+
+
+def test_rules_with_initial_weights_of_their_own_draw_them_for_every_logical_block():
+    drawn = _scion(0, 0)
+    for head in drawn["q"].split(4):                                  # spectral: 4 x 6, all singular values 3 sqrt(4/6)
+        torch.testing.assert_close(torch.linalg.svdvals(head), torch.full((4,), 3 * (4 / 6) ** .5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(drawn["embed"].norm(dim=1), torch.full((9,), 2 * 4 ** .5), rtol=1e-5, atol=0)
+    assert torch.equal(drawn["gain"], torch.ones(5))                  # the model's own
+    assert not torch.equal(drawn["q"], _scion(0, 1)["q"])
+    for name, values in on_ranks(3, _scion, 0).items():
+        assert torch.equal(values, drawn[name])

@@ -244,3 +244,31 @@ def test_a_last_update_that_ruins_the_weights_is_no_finished_run(tiny, capsys):
     assert json.loads((the_run(tiny) / "summary.json").read_text())["status"] == "not_finite"
     assert "is not finite" in capsys.readouterr().err
     assert "NaN" not in (the_run(tiny) / "log.jsonl").read_text()
+
+
+def test_qk_clip_holds_the_logits_of_a_whole_run_on_any_number_of_ranks(tiny):
+    """Without QK-norm; the clip acts on the largest logits of all micro-batches and ranks."""
+    keys = ("model.qk_norm=none", "optim.hidden.rule=muonclip", "optim.hidden.lr=0.3", "optim.hidden.weight_decay=0",
+            "schedule.cooldown_frac=null", "diagnostics=[logits]", "val_every=3", "micro_batch_tokens=64")
+    largest = {}
+    for name, tau, ranks in (("free", 1e6, 0), ("clipped", 2.0, 0), ("two", 2.0, 2)):
+        done = train_elsewhere("--config", tiny, *keys, f"optim.hidden.tau={tau}",
+                               f"runs_dir={tiny.parent / name}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        lines = map(json.loads, (the_run(tiny, name) / "log.jsonl").read_text().splitlines())
+        largest[name] = [max(map(max, line["max_logits"].values())) for line in lines if "max_logits" in line]
+    # A logit is measured before the clip of its step, so that one step's growth shows.
+    assert max(largest["free"]) > 2 * max(largest["clipped"])
+    assert largest["two"] == pytest.approx(largest["clipped"], rel=1e-3)
+
+
+def test_print_config_under_torchrun_prints_once_and_names_owners(tiny):
+    done = train_elsewhere("--config", tiny, "--print-config", ranks=2)
+    assert done.returncode == 0 and done.stdout.count("# blocks.0.attn.q.weight") == 1, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("# blocks.")]
+    assert {row[-1] for row in rows} == {"0", "1", "all"}
+
+
+def test_muonclip_is_refused_where_qk_norm_bounds_the_logits(tiny):
+    done = train_elsewhere("--config", tiny, "optim.hidden.rule=muonclip", "--print-config")
+    assert done.returncode == 2 and "model.qk_norm: none" in done.stderr and done.stderr.count("\n") == 1
