@@ -1,4 +1,4 @@
-"""Bases of a matrix's two sides: what the rules that work in eigenbases share (splus.py, soap.py, shampoo.py).
+"""Bases of a matrix's two sides: what the rules in eigenbases share (splus.py, soap.py, klsoap.py, shampoo.py).
 
     L ← βL + (1-β)GGᵀ,   R ← βR + (1-β)GᵀG              the sides of a matrix (m×n) with gradients G
     Q_L, Q_R                                            orthogonal, nearly their eigenvectors, as columns

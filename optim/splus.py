@@ -41,8 +41,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from optim.bases import (advance_sides, bounded, eigenbases, eigh_flops, identities, is_due, new_sides, qr_flops, rotate,
-                         rotate_back, shifted_qr, sides_within)
+from optim.bases import (advance_sides, bounded, eigenbases, eigh_flops, identities, is_due, new_sides, qr_flops,
+                         rotate, rotate_back, shifted_qr, sides_within)
 from optim.rule import Rule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -102,7 +102,7 @@ class SPlus(Rule):
 
     def refresh_due(self, step: int, index: int, count: int) -> bool:
         last, following = self._refreshes_around(step + 1)
-        return self.preconditioned and last > 0 and is_due(step + 1, last, following, index, count, self.stagger)
+        return self.preconditioned and is_due(step + 1, last, following, index, count, self.stagger)
 
     def _refreshes_around(self, t: int) -> tuple[int, int]:
         """The last update up to t and the first one after it that have a refresh; (0, 0) before the first."""

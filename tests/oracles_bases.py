@@ -110,3 +110,30 @@ def shampoo(W, G, s, t, lr, betas=(.95, .95), eps=1e-12, weight_decay=0., every=
         s["A"] = root(s["L"] / (1 - b2 ** t), p, eps) if left else torch.eye(m).double()
         s["B"] = root(s["R"] / (1 - b2 ** t), p, eps) if right else torch.eye(n).double()
     return W - lr * (D + weight_decay * W)
+
+
+def klsoap(W, G, s, t, lr, betas=(.95, .9), beta=.9, eps=1e-8, weight_decay=0., every=1, left=True, right=True,
+           first_bases=falling_eigenvectors):
+    """W after update t. M is kept unrotated: the same as rotating it at every change of bases."""
+    (b1, b2), (m, n) = betas, W.shape
+    if t == 1:
+        s.update(M=0 * W, V=0 * W, L=G @ G.T / n, R=G.T @ G / m, Q_L=torch.eye(m).double(), Q_R=torch.eye(n).double(),
+                 l_L=torch.ones(m).double(), l_R=torch.ones(n).double())
+        if left:
+            s.update(Q_L=first_bases(s["L"]), l_L=torch.full((m,), .1, dtype=torch.float64))
+        if right:
+            s.update(Q_R=first_bases(s["R"]), l_R=torch.full((n,), .1, dtype=torch.float64))
+        return W
+    P = s["Q_L"].T @ G @ s["Q_R"]
+    s["M"], s["V"] = b1 * s["M"] + (1 - b1) * G, b2 * s["V"] + (1 - b2) * P ** 2
+    U = s["Q_L"] @ ((s["Q_L"].T @ s["M"] @ s["Q_R"]) / (s["V"].sqrt() + eps)) @ s["Q_R"].T
+    W = (W - lr * U) * (1 - lr * weight_decay)
+    i_L, i_R = 1 / s["l_L"], 1 / s["l_R"]                # without the bound, which ordinary gradients do not meet
+    s["L"] = beta * s["L"] + (1 - beta) * G @ s["Q_R"] @ i_R.diag() @ s["Q_R"].T @ G.T / n
+    s["R"] = beta * s["R"] + (1 - beta) * G.T @ s["Q_L"] @ i_L.diag() @ s["Q_L"].T @ G / m
+    s["l_L"] = beta * s["l_L"] + (1 - beta) * (P ** 2 @ i_R.diag()).mean(1) if left else s["l_L"]
+    s["l_R"] = beta * s["l_R"] + (1 - beta) * (i_L.diag() @ P ** 2).mean(0) if right else s["l_R"]
+    if (t - 1) % every == 0:
+        s["Q_L"] = torch.linalg.qr(s["L"] @ s["Q_L"])[0] if left else s["Q_L"]
+        s["Q_R"] = torch.linalg.qr(s["R"] @ s["Q_R"])[0] if right else s["Q_R"]
+    return W
