@@ -147,7 +147,7 @@ def iid(shape, count, seed):
 
 @pytest.mark.parametrize("basis, make, above, below", [
     ("eigh", iid, .1, 1), ("eigh", power_law_gradients, .1, 1),                       # measured .43 and .43
-    ("eigh_late", iid, 0, 1e-4), ("eigh_late", power_law_gradients, .02, 1),          # 2e-5 and .2
+    ("eigh_late", iid, 0, 5e-3), ("eigh_late", power_law_gradients, .02, 1),          # 2e-5 or 1e-3, and .2
     ("qr_shift", iid, 0, 1e-4), ("qr_shift", power_law_gradients, 0, 1e-4)])          # 1e-6 and 3e-6
 def test_only_qr_shift_is_reproducible_over_solvers(basis, make, above, below):
     # The median of three: a sign of an entry near zero may fall either way, which alone makes some 1e-3.
