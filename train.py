@@ -218,7 +218,6 @@ def main(argv: list[str]) -> int:
                      f"(to start there: micro_batch_tokens={micro_rows * cfg.seq_len})")
     optimizer.set_hyperparameters(0, cfg.schedule, cfg.steps)
     optimizer.step(0, torch.zeros((), device=device), False, model.max_logits())
-
     def run_trial(cfg: Config, several: bool) -> int:
         """One run with one seed, in its own directory; the exit code."""
         # -------------------------------------------------------- 8. a fresh start, or where a run stopped
@@ -278,7 +277,8 @@ def main(argv: list[str]) -> int:
                 status=status, steps=step, **last, target_val_loss=cfg.target_val_loss, target_on=cfg.target_on,
                 target_step=target.get("step"), target_train_s=target.get("train_s"), train_s=clock.train_s,
                 seed=cfg.seed, world_size=procs.world, tokens_per_s=tokens_per_s, micro_batch_rows=micro_rows,
-                peak_memory_bytes=memory, on_the_clock=["training"], ledger_s=clock.ledger), indent=1) + "\n")
+                peak_memory_bytes=memory, decompositions_failed=optimizer.failures, on_the_clock=["training"],
+                ledger_s=clock.ledger), indent=1) + "\n")
 
         def note(report: InFlight) -> bool:
             """Log a finished step; whether somebody asked to stop. Raises NotFinite."""

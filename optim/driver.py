@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optim.bank import Bank
+from optim.bases import FAILURES
 from optim.blocks import rescale_heads
 from optim.constraints import constrained_update
 from optim.groups import Group, assign
@@ -103,6 +104,11 @@ class Optimizer:
         dtypes = [str(iteration_dtype(group.hyper.ns_dtype, self.device)).removeprefix("torch.")
                   for group in self.groups if hasattr(group.hyper, "ns_dtype")]
         return f"plain torch in {', '.join(dict.fromkeys(dtypes))}" if dtypes else "none"
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Eigendecompositions and roots of this process that a rule had to repeat or to do without."""
+        return dict(FAILURES)
 
     # ---- before the run
 
