@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum, as torch.optim.SGD has it (dampening 0).
+"""Stochastic gradient descent with momentum (Sutskever et al. 2013, in the form of torch.optim.SGD, dampening 0).
 
     g ← g + λ w                    "coupled" decay: the L2 penalty's gradient goes into the momentum
     b ← μ b + g

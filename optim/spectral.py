@@ -1,10 +1,10 @@
-"""Spectral descent: the steepest step by the spectral norm, from the gradient alone and without any state.
+"""Spectral descent: steepest by the spectral norm, without state (Carlson, Cevher, Carin 2015; track 3, result #22).
 
     W ← W(1 - ηλ) - ηs NS(G)        s: the shape's factor (scale, see muon.py)
 
 Muon with momentum 0, less its buffer: result #22 of modded-nanogpt's track 3 (lr .03, weight_decay .015, the defaults
 here, orthogonalised as in the track's baseline; 8,225 steps to Muon's 3,250), and, with its own scale, SpectralDescent
-in facebookresearch/optimizers. Carlson, Cevher, Carin (2015) have the method. Deviations from the references:
+in facebookresearch/optimizers. Deviations from the references:
 - The norm before the iteration has no ε, and its rounding is float32's (orthogonalise.py).
 """
 from typing import Annotated

@@ -99,10 +99,9 @@ def raced(folder: Path) -> dict[str, dict]:
 
 
 def source_of(name: str) -> str:
-    """The citation in the first lines of the rule's file."""
-    text = import_module(RULES[name].__module__).__doc__
-    head = text[:text.index(")", text.index("(")) + 1].replace("\n", " ")
-    return head[head.index("(") + 1:-1]
+    """The citation in brackets in the first line of the rule's file."""
+    first = import_module(RULES[name].__module__).__doc__.split("\n")[0]
+    return first[first.index("(") + 1:first.rindex(")")]
 
 
 def main() -> int:
