@@ -17,13 +17,20 @@ from model.gpt import GPT
 
 
 def load_run(run: Path) -> tuple[Config, GPT]:
-    """The configuration and the model (float32, CPU) of a run's newest intact checkpoint."""
+    """The configuration and the model (float32, CPU) of a run's newest intact checkpoint.
+
+    It has the weights that the run's target is asked of: the last ones, or their average where target_on says so.
+    """
     config = load(str(run / "config.yaml"), []).config
     found = checkpoint.newest_intact(run / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"{run}/checkpoints holds no intact checkpoint")
-    model = GPT(config.model, config.seq_len)
-    model.load_state_dict(found[1]["model"])
+    content, model = found[1], GPT(config.model, config.seq_len)
+    weights = content["model"]
+    if config.target_on == "average" and content["step"] > 0:
+        debias = 1 - config.average ** content["step"]            # the average started from zero (optim/driver.py)
+        weights = {name: content["optimizer"][name]["average"] / debias for name in weights}
+    model.load_state_dict(weights)
     return config, model
 
 
