@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness.config import Config, to_yaml
 from harness.rundir import Log, write_text
+from harness.yaml_tree import ConfigError
 
 
 class SpeedrunLines:
@@ -44,7 +45,10 @@ class WeightsAndBiases:
              "grad_norm": "train/grad_norm"}
 
     def __init__(self, directory: Path, config: Config):
-        import wandb
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("log: wandb is not installed; python -m pip install wandb, or leave it out") from None
         import yaml
         self.run = wandb.init(project=config.name, name=directory.name, id=directory.name, resume="allow",
                               dir=directory, config=yaml.safe_load(to_yaml(config)))
