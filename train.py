@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="a path, or the name of a file in configs/")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and its sources")
     parser.add_argument("--dry-run", action="store_true", help="check data, memory and settings; train nothing")
-    parser.add_argument("--resume", metavar="DIR|auto", help="continue a run; auto: the newest unfinished one like this")
+    parser.add_argument("--resume", metavar="DIR|auto", help="continue a run; auto: the newest unfinished like it")
     args, overrides = parser.parse_known_args(argv)
     if args.config is None and args.resume not in (None, "auto"):
         args.config = str(Path(args.resume) / "config.yaml")
@@ -128,8 +128,6 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 5. optimizer
     optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled is True,
                           cfg.model.heads, cfg.model.tied, model.qk_parameters())
-    probe = Probe(optimizer, cfg.diagnostics) if cfg.diagnostics else None
-
     peak = processes.peak_flops(processes.device_name(device))
     progress = Progress(cfg.steps, cfg.batch_tokens, model.flops_per_token() * cfg.batch_tokens,
                         peak and peak * procs.world, shown=procs.is_main)
@@ -277,8 +275,7 @@ def main(argv: list[str]) -> int:
                 status=status, steps=step, **last, target_val_loss=cfg.target_val_loss, target_on=cfg.target_on,
                 target_step=target.get("step"), target_train_s=target.get("train_s"), train_s=clock.train_s,
                 seed=cfg.seed, world_size=procs.world, tokens_per_s=tokens_per_s, micro_batch_rows=micro_rows,
-                peak_memory_bytes=memory, decompositions_failed=optimizer.failures, on_the_clock=["training"],
-                ledger_s=clock.ledger), indent=1) + "\n")
+                peak_memory_bytes=memory, on_the_clock=["training"], ledger_s=clock.ledger), indent=1) + "\n")
 
         def note(report: InFlight) -> bool:
             """Log a finished step; whether somebody asked to stop. Raises NotFinite."""
@@ -320,7 +317,7 @@ def main(argv: list[str]) -> int:
             clock.enter("training")
 
         # -------------------------------------------------------- 9. the loop: save, validate, stop?, step, log
-        prefetcher = Prefetcher(read_batch, device)
+        prefetcher, probe = Prefetcher(read_batch, device), Probe(optimizer, cfg.diagnostics)
         step, in_flight, stopping, last = start, None, False, {}
         validate_at, save_at = cfg.validation_steps(), cfg.checkpoint_steps()
         clock.enter("training")
@@ -339,10 +336,10 @@ def main(argv: list[str]) -> int:
                     clock.enter("training")
                 if step == cfg.steps:
                     break
-                batch, probing = prefetcher.get(step), probe is not None and step in validate_at
+                batch, probing = prefetcher.get(step), bool(cfg.diagnostics) and step in validate_at
                 if probing:
                     clock.enter("diagnostics")
-                    probe.before(lambda: gradients(step, batch))
+                    probe.before(lambda step=step, batch=batch: gradients(step, batch))
                     clock.enter("training")
                 before, in_flight = in_flight, train_step(step, batch)
                 step += 1
@@ -365,7 +362,7 @@ def main(argv: list[str]) -> int:
                 held.close()
 
         # -------------------------------------------------------- 10. the end: finished, or stopped by a signal
-        where = save(step)
+        where, last["decompositions_failed"] = save(step), optimizer.failures()
         if procs.is_main:
             if "val_loss" in last and cfg.data.tokenizer == "bytes":
                 text_bytes = count_bytes(val.rows(0, val.row_count)[1])

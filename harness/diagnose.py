@@ -26,7 +26,7 @@ def name_culprit(procs: Processes, model: nn.Module, batch: list) -> str:
     for name, p in named:
         if procs.all_max(float(not p.detach().isfinite().all())):
             return f"parameter {name} itself"
-    bad = [name for name, p in named if procs.all_max(float(not p.grad.isfinite().all()))]
+    bad = [name for name, p in named if procs.all_max(float(p.grad is not None and not p.grad.isfinite().all()))]
     bad_loss = procs.all_max(float(not torch.stack(losses).isfinite().all()))
     model.zero_grad(set_to_none=True)
     if bad:

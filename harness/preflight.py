@@ -16,20 +16,44 @@ def check(config: Config, model: torch.nn.Module) -> None:
     Raises:
         GroupError, ConfigError: one line a problem.
     """
-    try:
-        table_of(config, model)
-    except GroupError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    for group in config.optim:
-        if group.hyper.clips_heads and config.model.qk_norm != "none":
-            raise ConfigError(f"optim.{group.name}: {group.rule} clips attention logits, which model.qk_norm bounds "
-                              "already: set model.qk_norm: none, or take muon with variant: moonlight")
+    table = {row.name: row for row in table_of(config, model)}
+    if problems := [*_clips_nothing(config, model, table), *_balls_at_zero(config, table)]:
+        raise GroupError("\n".join(problems))
     ranks, rows = int(os.environ.get("WORLD_SIZE", 1)), config.batch_tokens // config.seq_len
     if ranks > rows:
         raise ConfigError(f"{ranks} ranks, but a batch of {config.batch_tokens} tokens has {rows} rows of seq_len "
                           f"{config.seq_len}: use at most {rows} ranks, or shorter rows")
+
+
+def _clips_nothing(config: Config, model: torch.nn.Module, table: dict[str, ParameterRow]):
+    """Groups that clip attention logits where there is nothing to clip, or only half of it to scale."""
+    clipping = {group.name: group.rule for group in config.optim if group.hyper.clips_heads}
+    weights = [[name for name in names if table[name].role in ("q", "k")] for names in model.qk_parameters().values()]
+    for name, rule in clipping.items():
+        if config.model.qk_norm != "none":
+            yield (f"optim.{name}: {rule} clips attention logits, which model.qk_norm bounds already: set "
+                   "model.qk_norm: none, or take muon with variant: moonlight")
+        if not any(table[weight].group == name for pair in weights for weight in pair):
+            yield (f"optim.{name}: {rule} clips attention logits, but has neither q nor k: take muon with variant: "
+                   "moonlight")
+    for pair in weights:
+        owners = list(dict.fromkeys(table[weight].group for weight in pair))
+        if len(owners) > 1 and clipping.keys() & set(owners):
+            yield (f"{' and '.join(pair)} are in the groups {' and '.join(owners)}: a rule that clips their logits "
+                   "must have both")
+            return                                                    # the other layers are alike
+
+
+def _balls_at_zero(config: Config, table: dict[str, ParameterRow]):
+    """Matrices that hyperball would keep at the norm that they start with: none."""
+    groups = {group.name: group for group in config.optim}
+    zero = {role for role in ("embed", "pos", "head", "attn_out", "mlp_in", "mlp_out")
+            if getattr(config.model.init, role) == "zeros"}
+    zero |= {"q", "k", "v"} if config.model.init.qkv == "zeros" else set()
+    for role, name in dict.fromkeys((row.role, row.group) for row in table.values()):
+        if groups[name].hyperball and role in zero:
+            yield (f"optim.{name}: hyperball keeps {role} at zero, where it starts: give it other values in "
+                   f"model.init.{'qkv' if role in ('q', 'k', 'v') else role}, or leave it out")
 
 
 def table_of(config: Config, model: torch.nn.Module, world: int = 1) -> list[ParameterRow]:

@@ -35,8 +35,21 @@ def validate(tree: dict[str, Tree], label: str) -> Config:
     _raise_any(problems, tree, label)
     config = dataclasses.replace(config, optim=tuple(
         dataclasses.replace(group, hyper=hyper) for group, hyper in zip(config.optim, hypers)))
-    _raise_any(list(unread(config, tree)), tree, label)
+    _raise_any([*unread(config, tree), *_beyond_bounds(config)], tree, label)
     return config
+
+
+def _beyond_bounds(config: Config) -> Iterator[tuple[tuple, str]]:
+    """Scheduled values that the rule would refuse as its own."""
+    for group in config.optim:
+        for name in group.scheduled.keys() & set(group.hyper.VARYING):
+            for value in dict.fromkeys(point.value for point in group.scheduled[name].points):
+                try:
+                    dataclasses.replace(group.hyper, **{name: value})
+                except ValidationError as failure:
+                    path = ("optim", group.name, "scheduled", name)
+                    said = failure.errors()[0]["msg"].replace("Input should", "must")
+                    yield path, f"{dotted(path)}: a value of {value:g}, but it {said}"
 
 
 def _raise_any(problems: list[tuple[tuple, str]], tree: Tree, label: str) -> None:

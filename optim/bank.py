@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from optim.groups import GroupError
 from optim.plan import BankPlan
 
 # torch 2.13 renames the two; 2.11 has only the older names.
@@ -99,7 +100,7 @@ class Bank:
         present: bool, one for each of `params`.
         """
         sizes = [p.numel() for p in self.params.values()] if self.flat else [1] * self.used
-        each = present.repeat_interleave(torch.tensor(sizes, device=present.device))
+        each = present.repeat_interleave(torch.tensor(sizes, device=present.device), output_size=sum(sizes))
         padded = each.new_zeros(self.offsets[-1])
         padded[:len(each)] = each
         return self.run_of(padded, self.rank).repeat_interleave(self.cut.blocks)
@@ -144,8 +145,15 @@ class Bank:
         return whole
 
     def take_up(self, whole: dict[str, dict[str, Tensor]]) -> None:
-        """Fill this rank's state from `by_parameter()`'s result of any number of ranks."""
+        """Fill this rank's state from `by_parameter()`'s result of any number of ranks.
+
+        Raises:
+            GroupError: something that this rule keeps is not there.
+        """
         for key, share, unit in self.kept():
+            for name in self.params:
+                if key not in whole.get(name, {}):
+                    raise GroupError(f"the checkpoint has no {key} of {name}: it is of another version of the program")
             saved = [whole[name][key] for name in self.params]
             full = (torch.cat([t.reshape(-1) for t in saved]) if self.flat else
                     torch.cat(saved) if unit > 1 else torch.stack(saved))

@@ -109,7 +109,7 @@ def power_qr(S: Tensor, Q: Tensor, sort: bool) -> tuple[Tensor, Tensor | None]:
     if sort:
         order = (product * Q).sum(-2).argsort(dim=-1, descending=True, stable=True)
         product, Q = (A.gather(-1, order[:, None, :].expand_as(A)) for A in (product, Q))
-    return _sturdy(lambda A, _: _qr(A), torch.where(nonzero, product, Q), Q), order
+    return _qr_or(Q, torch.where(nonzero, product, Q)), order
 
 
 def inverse_roots(S: Tensor, previous: Tensor, exponent: float, eps: float) -> Tensor:
@@ -143,6 +143,15 @@ def _scaled(S: Tensor) -> tuple[Tensor, Tensor]:
     """Every side with its largest entry at 1, so that nothing overflows, and whether it is not all zeros."""
     largest = torch.linalg.vector_norm(S, float("inf"), (-2, -1), keepdim=True)
     return S / largest.clamp(min=torch.finfo(S.dtype).tiny), largest != 0
+
+
+def _qr_or(previous: Tensor, A: Tensor) -> Tensor:
+    """The Q of A, by the ladder above. It needs no convergence that could fail, so that a GPU is not waited for: there a
+    matrix whose Q is not finite keeps its previous one uncounted."""
+    if not A.is_cuda:
+        return _sturdy(lambda A, _: _qr(A), A, previous)
+    Q = _qr(A)
+    return torch.where(Q.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), Q, previous)
 
 
 def _sturdy(solve: Callable[[Tensor, Tensor], Tensor], S: Tensor, previous: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ there is no weight decay, and weights that start at zero stay there.
 import torch
 from torch import Tensor
 
+from optim.groups import Group
+
 
 def constrained_update(rule, cautious: bool, hyperball: bool, W: Tensor, G: Tensor, state: dict[str, Tensor],
                        h: dict[str, Tensor]) -> None:
@@ -35,7 +37,28 @@ def constrained_update(rule, cautious: bool, hyperball: bool, W: Tensor, G: Tens
 
 def on_sphere(W: Tensor, D: Tensor, lr: Tensor) -> Tensor:
     """W moved by lr‖W‖ along D and brought back to its norm, for every matrix of (n, rows, cols)."""
-    tiny = 1e-10
+    tiny = torch.finfo(D.dtype).tiny
+    D = D / torch.linalg.vector_norm(D, float("inf"), (-2, -1), keepdim=True).clamp(min=tiny)      # squares stay finite
     radius = torch.linalg.matrix_norm(W, keepdim=True)
     moved = W + lr * radius * D / torch.linalg.matrix_norm(D, keepdim=True).clamp(min=tiny)
     return radius * moved / torch.linalg.matrix_norm(moved, keepdim=True).clamp(min=tiny)
+
+
+def update(group: Group, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor],
+           clip: Tensor | None) -> None:
+    """The update of a rank's share `W` of a bank, in place on `W` and `state`."""
+    G = G if clip is None else G * clip.to(G.dtype)
+    constrained_update(group.hyper, group.cautious, group.hyperball, W, G, state, h)
+
+
+def guarded_update(group: Group, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor],
+                   clip: Tensor | None, keep: Tensor) -> None:
+    """The same, undone on the device unless `keep`: no host has to look first. Compiled, it costs no copies.
+
+    keep: bool, 0-d, or one for each matrix or element of `W`.
+    """
+    kept = [W, *state.values()]
+    before = [t.clone() for t in kept]
+    update(group, W, G, state, h, clip)
+    for t, old in zip(kept, before):
+        t.copy_(torch.where(keep.view(-1, *[1] * (t.ndim - 1)), t, old))

@@ -23,18 +23,17 @@ POWER_STEPS = 30                                           # of the power iterat
 
 
 class Probe:
-    """Measures single steps of an optimizer: `before` one, `after` it.
-
-    gradients: leaves the batch's gradient, as this rank's share of every bank; needed for "smoothness".
-    """
+    """Measures single steps of an optimizer: `before` one, `after` it. L⁰ and L¹ are fitted since it was made."""
 
     def __init__(self, optimizer: Optimizer, wanted: tuple[str, ...]):
         self.optimizer, self.wanted = optimizer, wanted
         self.pairs: dict[str, list[tuple[float, float]]] = {}      # parameter -> (L̂, ‖g‖_*) at every measurement
 
     def before(self, gradients: Callable[[], list[Tensor]]) -> None:
+        """`gradients` gives the step's gradient at the present weights, as this rank's share of every bank."""
         self.gradients = gradients
-        self.old = [measured(bank).clone() for bank in self.optimizer.banks]
+        keep = {"updates", "smoothness"} & set(self.wanted)
+        self.old = [measured(bank).clone() for bank in self.optimizer.banks] if keep else []
         self.g1 = gradients() if "smoothness" in self.wanted else None
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from optim.bank import Bank
 from optim.bases import FAILURES
 from optim.blocks import rescale_heads
-from optim.constraints import constrained_update
+from optim.constraints import guarded_update, update
 from optim.groups import Group, assign
 from optim.orthogonalise import iteration_dtype
 from optim.plan import plan_banks
@@ -33,26 +33,6 @@ class StepReport(NamedTuple):
     stops: Tensor                               # how many ranks asked to stop
 
 
-def update(group: Group, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor],
-           clip: Tensor | None) -> None:
-    """The update of a rank's share `W` of a bank, in place on `W` and `state`."""
-    G = G if clip is None else G * clip.to(G.dtype)
-    constrained_update(group.hyper, group.cautious, group.hyperball, W, G, state, h)
-
-
-def guarded_update(group: Group, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor],
-                   clip: Tensor | None, keep: Tensor) -> None:
-    """The same, undone on the device unless `keep`: no host has to look first. Compiled, it costs no copies.
-
-    keep: bool, 0-d, or one for each matrix or element of `W`.
-    """
-    kept = [W, *state.values()]
-    before = [t.clone() for t in kept]
-    update(group, W, G, state, h, clip)
-    for t, old in zip(kept, before):
-        t.copy_(torch.where(keep.view(-1, *[1] * (t.ndim - 1)), t, old))
-
-
 class Optimizer:
     """Drives every group's rule over all ranks.
 
@@ -61,9 +41,7 @@ class Optimizer:
         roles: name -> parameter role.
         heads, tied: attention heads a layer, and whether the head is the embedding; they decide logical blocks.
         average: decay d of the weight average E ← d·E + (1-d)·W kept for evaluation, or None.
-        compile: compile the updates (one fused kernel for an elementwise rule); on a CPU of elementwise rules only, for
-            torch 2.13's code for a CPU fails on several of the others (KeyError in codegen/cpp.py), and their time goes
-            into products.
+        compile: compile the updates (one fused kernel for an elementwise rule).
         qk: attention -> names of its query and key weights (heads·d, cols) and biases (heads·d,).
     Raises:
         GroupError: a parameter falls in no group or in two, or an option does not suit a group.
@@ -85,13 +63,15 @@ class Optimizer:
         self.host_may_look = self.device.type == "cpu"
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)
         self.all_present = torch.ones(len(params), **scalar)
-        self.averaged_steps, self.count = 0, {group.name: 0 for group in groups}
+        self.averaged, self.averaged_steps, self.count = False, 0, {group.name: 0 for group in groups}
         for bank in self.banks:
             self.count[bank.group.name] += len(bank.params) * bank.cut.blocks
         plain = fused = (update, guarded_update)
         if compile:                             # a graph a bank; past its default limit of 8 dynamo would run eagerly
             torch._dynamo.config.recompile_limit = max(64, 4 * len(self.banks))
             fused = tuple(torch.compile(f, dynamic=False) for f in plain)
+        # On a CPU only elementwise ones: torch 2.13's CPU code generation fails on several others (KeyError in
+        # codegen/cpp.py), whose time goes into products anyway.
         self.updates = {id(bank): fused if bank.flat or not self.host_may_look else plain for bank in self.banks}
         rules = {name: bank.rule for bank in self.banks for name in bank.params}
         self.clipped = {attn: (rules[names[0]], [params[name] for name in names])
@@ -102,13 +82,15 @@ class Optimizer:
     def orthogonalisation(self) -> str:
         """How matrices are orthogonalised here, in words."""
         dtypes = [str(iteration_dtype(group.hyper.ns_dtype, self.device)).removeprefix("torch.")
-                  for group in self.groups if hasattr(group.hyper, "ns_dtype")]
+                  for group in self.groups if group.hyper.orthogonalises]
         return f"plain torch in {', '.join(dict.fromkeys(dtypes))}" if dtypes else "none"
 
-    @property
-    def failures(self) -> dict[str, int]:
-        """Eigendecompositions and roots of this process that a rule had to repeat or to do without."""
-        return dict(FAILURES)
+    def failures(self) -> int:
+        """How many eigendecompositions and roots failed since the last `reset`, on all ranks; every rank must call it."""
+        count = torch.tensor(float(sum(FAILURES.values())), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(count)
+        return int(count)
 
     # ---- before the run
 
@@ -135,6 +117,7 @@ class Optimizer:
                 bank.average.zero_()
         self.ok.fill_(True)
         self.averaged_steps = 0
+        FAILURES.clear()
 
     def set_hyperparameters(self, step: int, schedule, steps: int) -> None:
         """Put step's scheduled values where the updates read them; a kernel launch each, no recompilation."""
@@ -201,6 +184,7 @@ class Optimizer:
             stop: whether this rank wants to stop; every rank learns of it from the report.
             max_logits: attention -> largest logit of each head (heads,) on this rank, for rules that clip heads.
         """
+        assert not self.averaged, "a step inside averaged_weights() would be lost"
         shares = self.reduced_gradients()
         square_sum = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in shares)
         report = torch.cat([torch.stack([loss.double(), square_sum, torch.full_like(square_sum, float(stop))]),
@@ -216,8 +200,9 @@ class Optimizer:
         for bank, g, there in zip(self.banks, shares, present):
             if len(bank.mine):
                 self._update_bank(bank, g, clip, there)
-                self._refresh(bank, step)
             gathering += bank.send_weights()
+            if len(bank.mine):
+                self._refresh(bank, step, there)                       # while the weights travel
         for handle in gathering:
             handle.wait()
         self._clip_heads(max_logits)
@@ -243,11 +228,13 @@ class Optimizer:
         if not bank.flat:
             bank.cut.put(bank.mine, W)
 
-    def _refresh(self, bank: Bank, step: int) -> None:
+    def _refresh(self, bank: Bank, step: int, present: Tensor) -> None:
         """The rule's seldom work for those of this rank's matrices for which it is due."""
         if bank.flat:
             return
         here = range(len(bank.mine) * bank.cut.blocks)
+        if bank.missing:
+            here = bank.had_gradient(present).nonzero().flatten().tolist()
         first, count = bank.plan.first + bank.offsets[self.rank] * bank.cut.blocks, self.count[bank.group.name]
         for start, end in runs([i for i in here if bank.rule.refresh_due(step, first + i, count)]):
             state = {key: value[start:end] for key, value in bank.state.items()}
@@ -282,13 +269,15 @@ class Optimizer:
     @contextmanager
     def averaged_weights(self):
         """The parameters hold the bias-corrected weight average inside, their own values again after."""
-        with torch.no_grad():
-            raw = [bank.weights.clone() for bank in self.banks]
-            for bank in self.banks if self.averaged_steps else ():
-                bank.weights.copy_(bank.gather(bank.average / (1 - self.decay ** self.averaged_steps)))
+        raw = [bank.weights.clone() for bank in self.banks]
+        self.averaged = True
         try:
+            with torch.no_grad():
+                for bank in self.banks if self.averaged_steps else ():
+                    bank.weights.copy_(bank.gather(bank.average / (1 - self.decay ** self.averaged_steps)))
             yield
         finally:
+            self.averaged = False
             with torch.no_grad():
                 for bank, weights in zip(self.banks, raw):
                     bank.weights.copy_(weights)
@@ -311,5 +300,6 @@ class Optimizer:
 
 def runs(places: list[int]) -> list[tuple[int, int]]:
     """Rising numbers as (first, last + 1) of stretches without a gap."""
-    starts = [p for p in places if p - 1 not in places]
-    return [(start, next(p for p in range(start, places[-1] + 2) if p not in places)) for start in starts]
+    starts = [p for i, p in enumerate(places) if i == 0 or places[i - 1] != p - 1]
+    ends = [p + 1 for i, p in enumerate(places) if i == len(places) - 1 or places[i + 1] != p + 1]
+    return list(zip(starts, ends))

@@ -74,6 +74,10 @@ class Gluon(Rule):
     def _remembers(self) -> bool:
         return self.momentum > 0 or self.schedule_theory
 
+    @property
+    def orthogonalises(self) -> bool:
+        return self.geometry in ORTHOGONALISED
+
     def init(self, W: Tensor) -> dict[str, Tensor]:
         """M, zero: float32, or float64 for float64 weights; nothing without momentum.
 

@@ -64,7 +64,7 @@ class Group:
         """Options that this rule, as it is set, cannot take or would not read."""
         rule, decays = self.hyper, getattr(self.hyper, "weight_decay", 0.0) > 0 or "weight_decay" in self.scheduled
         if self.cautious and not decays:
-            yield "nothing reads cautious without weight decay: set weight_decay, or remove cautious"
+            yield "nothing reads cautious without weight decay: remove cautious, or set weight_decay where the rule has it"
         if self.cautious and rule.coupled_decay:
             yield f"{self.rule} adds its decay to the gradient, where it cannot be cautious: remove cautious"
         if self.hyperball and decays:
@@ -129,7 +129,10 @@ def _idle_patterns(groups: tuple[Group, ...], roles: dict[str, str], orphans: li
 
 def _not_matrices(group: Group, names: list[str], shapes: Shapes) -> Iterator[str]:
     for name in names if group.stacked and not group.hyper.takes_vectors else ():
-        if len(shapes[name]) != 2:
+        if len(shapes[name]) != 2 and group.hyper.elementwise:
+            yield (f"optim.{group.name}: hyperball is for matrices, but {name} has shape {list(shapes[name])}; "
+                   "move it to a group without hyperball")
+        elif len(shapes[name]) != 2:
             yield (f"optim.{group.name}: {group.rule} updates matrices, but {name} has shape "
                    f"{list(shapes[name])}; move it to a group whose rule is elementwise, like adamw")
 

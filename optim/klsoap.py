@@ -17,6 +17,9 @@ Update 1 only makes L = GGᵀ/n, R = GᵀG/m, their eigenvectors by falling eige
 This is modded-nanogpt's track 3, #19 (KL-SOAP-H), with `hyperball`, lr .018 and the defaults; its λ^(-1/2) is bounded
 by 4000, too. `stagger` and max_precond_dim are soap.py's, as are its deviations. A side without a basis counts as
 Q = I, Λ = I. Entries beyond 1e15 of X, Y and P Λ^(-1/2) scale these down.
+The first bases of a matrix that is not square hold an arbitrary null space, which rounding decides: other numbers of
+ranks or micro-batches then take other paths, equally right. (iid 128×32 gradients, frequency 1, all disturbed by 1e-7:
+the displacement differs by 70 % after update 2 and by 20 % after 30.)
 """
 from typing import Annotated, ClassVar
 

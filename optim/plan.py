@@ -14,6 +14,9 @@ from optim.blocks import Cut, cut_for
 from optim.groups import Group, GroupError
 
 
+ALIGNED = 32                                    # numbers; a share starts where vector loads and NCCL like it
+
+
 class BankPlan(NamedTuple):
     """One bank: `names` in model order, stored (len(names), *shape), or flat and padded."""
     group: Group
@@ -61,6 +64,7 @@ def plan_banks(groups: tuple[Group, ...], assignment: dict[str, list[str]], para
     for draft in drafts:
         if draft.shape is None:
             share = -(-sum(params[name].numel() for name in draft.names) // world)
+            share = -(-share // ALIGNED) * ALIGNED if world > 1 else share
             banks.append(draft._replace(offsets=tuple(share * rank for rank in range(world + 1))))
         else:
             per_rank = counts.pop(0)

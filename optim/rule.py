@@ -54,6 +54,11 @@ class Rule:
         """How many numbers of state one matrix needs by the paper's formula; tables show it beside what init makes."""
         return 0
 
+    @property
+    def orthogonalises(self) -> bool:
+        """Whether the rule, as it is set, runs Newton-Schulz steps in `ns_dtype`; runs announce how."""
+        return hasattr(self, "ns_dtype")
+
     # ---- what few rules have
 
     takes_vectors: ClassVar[bool] = False                      # vectors come as stacks of one column, (n, numel, 1)

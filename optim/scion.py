@@ -53,6 +53,7 @@ class Scion(Rule):
     READ_WHEN: ClassVar[dict[str, dict[str, tuple]]] = {
         **{key: {"geometry": ORTHOGONALISED} for key in ("ns_coefficients", "ns_steps", "ns_dtype")},
         "eps": {"geometry": DIVIDED},
+        "init_on_ball": {"geometry": tuple(name for name in GEOMETRIES if name != "max")},
     }
 
     @property
@@ -66,6 +67,10 @@ class Scion(Rule):
     @property
     def confines(self) -> bool:
         return self.constrained
+
+    @property
+    def orthogonalises(self) -> bool:
+        return self.geometry in ORTHOGONALISED
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
         """D, zero: float32, or float64 for float64 weights; nothing without momentum.

@@ -37,6 +37,9 @@ On several ranks it costs time on the whole (`bases.is_due`). Deviations:
 - The state is float32 whatever the weights are. A side of zeros keeps its basis.
 - A decomposition that fails is retried and then given up for that refresh, with a warning and a count (bases.py).
 As the equations have it, a gradient far below ε moves its weight by far less than η.
+The first bases of a matrix that is not square hold an arbitrary null space, which rounding decides: other numbers of
+ranks or micro-batches then take other paths, equally right. (iid 128×32 gradients, frequency 1, all disturbed by 1e-7:
+the displacement differs by 70 % after update 2 and by 20 % after 30.)
 """
 from typing import Annotated, ClassVar, Literal
 
@@ -80,6 +83,10 @@ class SOAP(Rule):
         "ns_steps": {"then": ("muon",)},
         "ns_dtype": {"then": ("muon",)},
     }
+
+    @property
+    def orthogonalises(self) -> bool:
+        return self.then == "muon"
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
         """Both moments, sides L (n, rows, rows) and R (n, cols, cols), and their bases; float32, or W's float64.

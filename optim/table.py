@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optim.blocks import cut_for
-from optim.groups import Group, assign
+from optim.groups import Group, GroupError, assign
 from optim.plan import BankPlan, plan_banks
 
 
@@ -32,8 +32,7 @@ def parameter_table(groups: tuple[Group, ...], params: Mapping[str, Tensor], rol
     """One row for every parameter, in model order; `params` may be on "meta".
 
     Raises:
-        GroupError: as `assign` and `plan_banks`.
-        ValueError: a rule cannot take a parameter's shape; the text names both.
+        GroupError: as `assign` and `plan_banks`, or a rule cannot take a parameter's shape.
     """
     assignment = assign(groups, roles, {name: tuple(p.shape) for name, p in params.items()})
     rows = {row.name: row for bank in plan_banks(groups, assignment, params, roles, heads, tied, world)
@@ -47,7 +46,8 @@ def _rows(bank: BankPlan, params: Mapping[str, Tensor], roles: dict[str, str], t
         p = params[name]
         cut = cut_for("whole", roles[name], 1, tied) if bank.shape is None else bank.cut
         fan_out, fan_in = cut.shape(tuple(p.shape))
-        h = {key: torch.tensor(float(getattr(rule, key)), dtype=torch.float64) for key in rule.VARYING}
+        peaks = {key: max(point.value for point in schedule.points) for key, schedule in group.scheduled.items()}
+        h = {key: torch.tensor(float(peaks.get(key, getattr(rule, key))), dtype=torch.float64) for key in rule.VARYING}
         h["t"] = torch.tensor(100.0, dtype=torch.float64)              # some update that is not the first
         yield ParameterRow(
             name, roles[name], group.name, group.rule, f"{bank.cut.blocks} blocks" if bank.cut.blocks > 1 else "whole",
@@ -61,13 +61,13 @@ def state_bytes(bank: BankPlan, p: Tensor) -> int:
     """What the rule's own `init` makes for this parameter.
 
     Raises:
-        ValueError: the rule cannot take its shape.
+        GroupError: the rule cannot take its shape.
     """
     sketch = torch.empty(p.numel() if bank.shape is None else (1, *p.shape), dtype=p.dtype, device="meta")
     try:
         state = bank.group.hyper.init(sketch if bank.shape is None else bank.cut.take(sketch))
     except ValueError as error:
-        raise ValueError(f"optim.{bank.group.name}: {bank.names[0]}: {error}") from None
+        raise GroupError(f"optim.{bank.group.name}: {bank.names[0]}: {error}") from None
     return sum(t.numel() * t.element_size() for t in state.values())
 
 

@@ -87,4 +87,4 @@ def test_an_elementwise_bank_is_cut_evenly_and_padded():
     params = {"a": torch.empty(5, device="meta"), "b": torch.empty(3, 4, device="meta")}
     group = Group(name="rest", params=("rest",), rule="adamw", hyper=AdamW())
     (bank,) = plan_banks((group,), {"rest": ["a", "b"]}, params, {"a": "gain", "b": "head"}, 1, False, 3)
-    assert bank.shape is None and bank.offsets == (0, 6, 12, 18)
+    assert bank.shape is None and bank.offsets == (0, 32, 64, 96)

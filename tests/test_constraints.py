@@ -75,6 +75,16 @@ def test_a_zero_gradient_and_a_zero_learning_rate_leave_the_sphere_alone():
     assert torch.allclose(W, before, rtol=1e-6)
 
 
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e20])
+def test_hyperball_steps_are_as_long_whatever_the_gradient_s_size(magnitude):
+    """SGD's step is proportional to the gradient, so that only hyperball itself can see to it."""
+    rule, W = RULES["sgd"](), draw(0)
+    before = W.clone()
+    constrained_update(rule, False, True, W, draw(1) * magnitude, rule.init(W), hyper(rule, lr=.1))
+    moved = torch.linalg.matrix_norm(W - before) / torch.linalg.matrix_norm(before)
+    assert ((moved > .09) & (moved < .11)).all()
+
+
 def test_bfloat16_weights_are_rounded_once():
     rule = RULES["adamw"](lr=.01, weight_decay=1.)
     W, exact, G = draw(0).bfloat16(), draw(0).bfloat16().float(), draw(1)

@@ -57,6 +57,16 @@ def test_a_step_is_measured_as_the_rule_means_it(tiny):
     assert all(0 < logit <= 4.01 for heads in line["max_logits"].values() for logit in heads)
 
 
+def test_the_step_before_the_last_and_trials_are_measured_for_themselves(tiny):
+    """A validation right before the last step, whose batch is measured twice; a second trial starts its own fit."""
+    assert train_here("--config", tiny, "steps=3", "val_every=1", ALL, "trials=2") == 0
+    for run in (tiny.parent / "runs").iterdir():
+        lines = measured(run)
+        assert list(lines) == [1, 2, 3]
+        assert "l0" not in lines[1]["diagnostics"]["blocks.1.mlp.up.weight"]
+        assert "l0" in lines[3]["diagnostics"]["blocks.1.mlp.up.weight"]
+
+
 def test_two_ranks_measure_what_one_does(tiny):
     train_here("--config", tiny, ALL)
     done = train_elsewhere("--config", tiny, ALL, f"runs_dir={tiny.parent / 'two'}", ranks=2)

@@ -11,7 +11,7 @@ from torch import nn
 from optim import RULES
 from optim.adamw import AdamW
 from optim.driver import Optimizer
-from optim.groups import Group
+from optim.groups import Group, GroupError
 from optim.muon import Muon
 from optim.schedules import Schedule
 from optim.splus import SPlus
@@ -72,7 +72,7 @@ def _train(rank, only_rank):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_any_number_of_ranks_equals_one_process_bit_for_bit(world):
+def test_any_number_of_ranks_equals_one_process(world):
     """Given exact gradient sums; the gradient's norm, a sum over shards, may differ by rounding and clips after."""
     one, many = _train(0, None), on_ranks(world, _train, 1)
     assert many["norms"] == pytest.approx(one["norms"], rel=1e-14)
@@ -232,6 +232,41 @@ def test_a_parameter_without_gradient_on_any_rank_is_untouched(world):
     assert untouched == {"q2", "embed", "out1"}
     for name, (_, _, value) in _step_without_some(0, {n: (0,) for n in untouched}).items():
         torch.testing.assert_close(seen[name][2], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def _refreshing_without(rank, missing):
+    g = torch.Generator().manual_seed(0)
+    params = {f"q{i}": nn.Parameter(torch.randn(6, 6, generator=g)) for i in range(3)}
+    group = Group(name="hidden", params=("q",), rule="soap", hyper=RULES["soap"](precondition_frequency=1))
+    optimizer = Optimizer(params, dict.fromkeys(params, "q"), (group,))
+    run_steps(params, optimizer, 0, 2)
+    before = optimizer.state_dict()
+    for name, p in params.items():
+        p.grad = None if name in missing else torch.randn(6, 6, generator=g)
+    optimizer.set_hyperparameters(2, FLAT, 10)
+    optimizer.step(2, torch.tensor(0.0))
+    after = optimizer.state_dict()
+    return {n for n in params if all(torch.equal(before[n][k], v) for k, v in after[n].items())}
+
+
+def test_a_matrix_without_gradient_gets_no_new_basis_either():
+    assert _refreshing_without(0, {"q1"}) == {"q1"}
+    assert on_ranks(2, _refreshing_without, {"q0", "q2"}) == {"q0", "q2"}
+
+
+def test_a_checkpoint_that_lacks_something_is_named():
+    params, optimizer = make()
+    saved = optimizer.state_dict()
+    del saved["q3"]["momentum"]
+    with pytest.raises(GroupError, match="the checkpoint has no momentum of q3"):
+        optimizer.load_state_dict(saved, 1)
+
+
+def test_a_step_inside_averaged_weights_is_refused():
+    params, optimizer = make(average=0.9)
+    with pytest.raises(AssertionError, match="would be lost"), optimizer.averaged_weights():
+        run_steps(params, optimizer, 0, 1)
+    run_steps(params, optimizer, 0, 1)
 
 
 def test_a_device_that_decides_itself_writes_the_same_and_nothing_after_a_bad_gradient():

@@ -94,7 +94,7 @@ def with_options(rule: str, hyper: dict, **options) -> Group:
 
 
 @pytest.mark.parametrize("rule, hyper, options, words", [
-    ("muon", {}, dict(cautious=True), "nothing reads cautious without weight decay: set weight_decay"),
+    ("muon", {}, dict(cautious=True), "nothing reads cautious without weight decay: remove cautious, or set"),
     ("muon", dict(weight_decay=.1), dict(hyperball=True), "nothing reads weight_decay, for hyperball keeps every norm"),
     ("muon", dict(weight_decay=.1), dict(cautious=True, hyperball=True), "remove one of the two"),
     ("adamw", {}, dict(blocks="heads"), "nothing reads blocks, for adamw works on elements"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from optim import RULES
-from optim.groups import Group
+from optim.groups import Group, GroupError
 from optim.table import parameter_table
 
 SHAPES = {"embed": ("embed", (50, 8)), "q0": ("q", (8, 8)), "q1": ("q", (8, 8)), "up": ("mlp_in", (32, 8)),
@@ -64,5 +64,5 @@ def test_the_state_is_the_formula_s(name):
 
 
 def test_a_shape_that_a_rule_cannot_take_is_named():
-    with pytest.raises(ValueError, match=r"optim\.hidden: q0: no side of a 8×8 matrix is within max_dim 4"):
+    with pytest.raises(GroupError, match=r"optim\.hidden: q0: no side of a 8×8 matrix is within max_dim 4"):
         table("splus", max_dim=4)

@@ -269,6 +269,15 @@ def test_print_config_under_torchrun_prints_once_and_names_owners(tiny):
     assert {row[-1] for row in rows} == {"0", "1", "all"}
 
 
-def test_muonclip_is_refused_where_qk_norm_bounds_the_logits(tiny):
-    done = train_elsewhere("--config", tiny, "optim.hidden.rule=muonclip", "--print-config")
-    assert done.returncode == 2 and "model.qk_norm: none" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("keys, words", [
+    (["optim.hidden.rule=muonclip"], "model.qk_norm: none"),
+    (["model.qk_norm=none", "optim.hidden.rule=muonclip", "optim.hidden.params=[mlp_in]"], "has neither q nor k"),
+    (["model.qk_norm=none", "optim.hidden.rule=muonclip", "optim.hidden.params=[q, v]"], "must have both"),
+    (["optim.hidden.hyperball=true", "optim.hidden.params=[q, attn_out]"], "hyperball keeps attn_out at zero"),
+    (["optim.hidden.scheduled.momentum.shape=piecewise",
+      "optim.hidden.scheduled.momentum.points=[{value: 1.5, step: 0}]"], "a value of 1.5, but it must be less than 1"),
+    (["optim.hidden.rule=gluon", "optim.hidden.schedule_theory=true", "optim.hidden.scheduled.momentum.shape=piecewise",
+      "optim.hidden.scheduled.momentum.points=[{value: 0.5, step: 0}]"], "not read while schedule_theory is true")])
+def test_optimizer_keys_that_would_do_nothing_are_refused_in_one_line(tiny, keys, words):
+    done = train_elsewhere("--config", tiny, *keys, "--print-config")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
