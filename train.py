@@ -345,6 +345,8 @@ def main(argv: list[str]) -> int:
                 step += 1
                 if probing:
                     diagnose(step)
+                if device.type == "cpu":                              # nothing to wait for: read it at once
+                    before, in_flight = in_flight, None
                 if before is not None:
                     stopping = note(before)
         except NotFinite as bad:                                      # raised on every rank at the same step
@@ -367,6 +369,7 @@ def main(argv: list[str]) -> int:
             if "val_loss" in last and cfg.data.tokenizer == "bytes":
                 text_bytes = count_bytes(val.rows(0, val.row_count)[1])
                 last["val_bits_per_byte"] = last["val_loss"] * cfg.val_tokens / text_bytes / math.log(2)
+            clock.enter("summary")
             draw(directory, cfg.target_val_loss)
             summary("stopped" if stopping else "finished", step, **last)
         if stopping:

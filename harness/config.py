@@ -79,7 +79,7 @@ class Config:
     diagnostics: tuple[Diagnostic, ...] = ()    # measured in the step after each validation: its updates, logits, ...
     checkpoint_every: Count | None = None       # steps between checkpoints; null = none but when stopped
     keep_checkpoints: Count = 2                 # how many checkpoints to keep, the latest ones
-    deterministic: bool = False                 # only algorithms that repeat every bit, if slower
+    deterministic: bool = False                 # on a GPU only algorithms that repeat every bit, if slower
 
     def __post_init__(self):
         if problems := [*self._tokens_that_do_not_fit(), *self._groups_that_clash(),

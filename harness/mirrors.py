@@ -45,10 +45,7 @@ class WeightsAndBiases:
              "grad_norm": "train/grad_norm"}
 
     def __init__(self, directory: Path, config: Config):
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError("log: wandb is not installed; python -m pip install wandb, or leave it out") from None
+        import wandb
         import yaml
         self.run = wandb.init(project=config.name, name=directory.name, id=directory.name, resume="allow",
                               dir=directory, config=yaml.safe_load(to_yaml(config)))

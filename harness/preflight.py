@@ -1,4 +1,5 @@
 """What a run would do and whether it could, before anything is started: --print-config and --dry-run."""
+import importlib.util
 import os
 
 import torch
@@ -19,6 +20,8 @@ def check(config: Config, model: torch.nn.Module) -> None:
     table = {row.name: row for row in table_of(config, model)}
     if problems := [*_clips_nothing(config, model, table), *_balls_at_zero(config, table)]:
         raise GroupError("\n".join(problems))
+    if "wandb" in config.log and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("log: wandb is not installed; python -m pip install wandb, or leave it out")
     ranks, rows = int(os.environ.get("WORLD_SIZE", 1)), config.batch_tokens // config.seq_len
     if ranks > rows:
         raise ConfigError(f"{ranks} ranks, but a batch of {config.batch_tokens} tokens has {rows} rows of seq_len "
@@ -82,19 +85,22 @@ def describe(loaded: Loaded, model: torch.nn.Module) -> str:
     return "\n".join(lines)
 
 
-def memory_bytes(config: Config, model: torch.nn.Module, micro_tokens: int, world: int,
-                 activation: int) -> dict[str, int]:
+def memory_bytes(config: Config, model: torch.nn.Module, micro_tokens: int, world: int, activation: int,
+                 compiled: bool, matmul: bool) -> dict[str, int]:
     """An estimate of what one rank holds, in bytes, by what for; `activation` is the bytes of one activation.
 
-    Activations are counted as torch.compile keeps them for the backward pass: per token and layer about 14 widths and 3
-    MLP widths, and twice the logits in float32. State is exact: the rules' own, made on "meta".
+    Activations are what the backward pass keeps of a token: in each layer about 14 widths and 3 MLP widths, and twice
+    the logits in float32; uncompiled 30 and 8, and eight times the logits; and with `matmul` attention four times the
+    scores. State is exact: the rules' own, made on "meta".
     """
     params = dict(model.named_parameters())
     weights = sum(p.numel() * p.element_size() for p in params.values())
     state = sum(row.state_bytes for row in table_of(config, model))
     state += sum(4 * p.numel() for p in params.values()) if config.average is not None else 0
     m = config.model
-    per_token = m.layers * (14 * m.width + 3 * (m.mlp_width or 4 * m.width)) * activation + 2 * 4 * m.vocab_size
+    widths, mlps, logits = (14, 3, 2) if compiled else (30, 8, 8)
+    scores = 4 * m.heads * config.seq_len if matmul else 0
+    per_token = m.layers * (widths * m.width + mlps * m.mlp_hidden + scores) * activation + logits * 4 * m.vocab_rows
     gradients = sum(4 * p.numel() for p in params.values())
     return {"weights": weights, "gradients": 2 * gradients, "optimizer state": state // world,
             "activations": per_token * micro_tokens}
@@ -108,7 +114,10 @@ def report(config: Config, model: torch.nn.Module, train, val) -> int:
     needed = config.steps * config.batch_tokens + 1
     rank_tokens = config.batch_tokens // world
     micro_tokens = min(config.micro_batch_tokens or rank_tokens, rank_tokens)
-    memory = memory_bytes(config, model, micro_tokens, world, 2 if dtype == torch.bfloat16 else 4)
+    on_gpu, form = device.type == "cuda", config.model.attention
+    memory = memory_bytes(config, model, micro_tokens, world, 2 if dtype == torch.bfloat16 else 4,
+                          on_gpu if config.compile is None else config.compile,
+                          form == "matmul" or (form == "auto" and not on_gpu))
     total = sum(memory.values())
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _host_memory()
     flops = model.flops_per_token() * config.steps * config.batch_tokens

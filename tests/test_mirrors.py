@@ -6,6 +6,7 @@ import pytest
 
 from harness.load import ConfigError, load
 from harness.mirrors import SpeedrunLines, WeightsAndBiases
+from tests.conftest import train_here
 
 
 def test_weights_and_biases_gets_the_names_that_the_ecosystem_uses(tiny, tmp_path, monkeypatch):
@@ -20,10 +21,11 @@ def test_weights_and_biases_gets_the_names_that_the_ecosystem_uses(tiny, tmp_pat
                       {"step": 1, "time/training_time_ms": 500.0, "val/loss": 3.5, "val/loss_avg": 3.25}]
 
 
-def test_weights_and_biases_that_is_not_installed_is_one_line(tiny, tmp_path, monkeypatch):
+def test_weights_and_biases_that_is_not_installed_is_one_line_before_anything_starts(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="wandb is not installed; .*pip install wandb"):
-        WeightsAndBiases(tmp_path, load(str(tiny)).config)
+        train_here("--config", tiny, "log=[wandb]")
+    assert not (tiny.parent / "runs").exists()
 
 
 def test_a_speedrun_line_has_the_mean_step_since_the_last_validation(tmp_path):
