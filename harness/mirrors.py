@@ -6,7 +6,6 @@ from pathlib import Path
 
 from harness.config import Config, to_yaml
 from harness.rundir import Log, write_text
-from harness.yaml_tree import ConfigError
 
 
 class SpeedrunLines:

@@ -55,7 +55,8 @@ def _unread_beside_schedules(group, tree: dict[str, Tree], path: tuple) -> Itera
                          f"{', '.join(varying) or 'nothing but lr'}; remove it")
         elif idle := [other for other, values in getattr(group.hyper, "READ_WHEN", {}).get(name, {}).items()
                       if getattr(group.hyper, other) not in values]:
-            yield here, f"{dotted(here)} is not read while {idle[0]} is {_text(getattr(group.hyper, idle[0]))}; remove it"
+            yield here, (f"{dotted(here)} is not read while {idle[0]} is {_text(getattr(group.hyper, idle[0]))}; "
+                         "remove it")
         elif _is_set(group.hyper, tree, name):
             here = (*path, name)
             yield here, f"{dotted(here)} is not read, for scheduled.{name} gives its values; {REMEDY}"

@@ -146,8 +146,8 @@ def _scaled(S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _qr_or(previous: Tensor, A: Tensor) -> Tensor:
-    """The Q of A, by the ladder above. It needs no convergence that could fail, so that a GPU is not waited for: there a
-    matrix whose Q is not finite keeps its previous one uncounted."""
+    """The Q of A, by the ladder above. QR has no convergence that could fail, so that a GPU is not waited for: there a
+    matrix whose Q is not finite keeps its previous one, uncounted."""
     if not A.is_cuda:
         return _sturdy(lambda A, _: _qr(A), A, previous)
     Q = _qr(A)
