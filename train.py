@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")      # on busy cores 96 ms a CPU step, not 175: waiting threads sleep
 import torch
 import torch.distributed as dist
 
@@ -351,10 +352,9 @@ def main(argv: list[str]) -> int:
                     stopping = note(before)
         except NotFinite as bad:                                      # raised on every rank at the same step
             where = save(bad.step)
-            if procs.is_main:
-                summary("not_finite", bad.step, **last)
             culprit = name_culprit(procs, model, prefetcher.get(min(bad.step, cfg.steps - 1)))
             if procs.is_main:
+                summary("not_finite", bad.step, **last)
                 print(f"error: step {bad.step + 1}: {culprit} is not finite; nothing was written from it; the state "
                       f"from before it is in {where}", file=sys.stderr)
             return processes.EXIT_NOT_FINITE

@@ -14,9 +14,7 @@ def run(*command: str) -> None:
 
 
 def main() -> int:
-    # Threads that wait for each other sleep instead of spinning. On two cores that two other processes keep busy a step
-    # takes 61 ms so, and 870 to 2,200 ms otherwise.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")         # as train.py, for the sample in this process
     try:
         run("-m", "data.demo")
         run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "train.py", "--config", "demo.yaml",
