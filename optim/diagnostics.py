@@ -4,7 +4,7 @@
     update_norm, weight_norm   largest singular value of a logical matrix's change, and of the matrix (vectors: 2-norm)
     orthogonality              ‖U Uᵀ/σ² - I‖_F/√r of the change U with r singular values of mean square σ²:
                                0 where all are equal, as orthogonalised steps without decay have them
-    smoothness                 L̂ = ‖g₂-g₁‖_*/‖ΔX‖ on one batch before and after the step, and ‖g₁‖_* (optim/smoothness.py)
+    smoothness                 L̂ = ‖g₂-g₁‖_*/‖ΔX‖ on one batch before and after the step, and ‖g₁‖_* (smoothness.py)
     l0, l1                     the fit L̂ ≈ L⁰ + L¹‖g‖_* over the measurements so far (Gluon, arXiv:2505.13416, Eq. 10)
 
 Of a weight with several logical matrices the largest value counts. A rank measures what it owns.

@@ -86,7 +86,7 @@ class Optimizer:
         return f"plain torch in {', '.join(dict.fromkeys(dtypes))}" if dtypes else "none"
 
     def failures(self) -> int:
-        """How many eigendecompositions and roots failed since the last `reset`, on all ranks; every rank must call it."""
+        """How many decompositions failed since the last `reset`, on all ranks; every rank must call it."""
         count = torch.tensor(float(sum(FAILURES.values())), device=self.device)
         if self.world > 1:
             dist.all_reduce(count)

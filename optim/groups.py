@@ -64,7 +64,8 @@ class Group:
         """Options that this rule, as it is set, cannot take or would not read."""
         rule, decays = self.hyper, getattr(self.hyper, "weight_decay", 0.0) > 0 or "weight_decay" in self.scheduled
         if self.cautious and not decays:
-            yield "nothing reads cautious without weight decay: remove cautious, or set weight_decay where the rule has it"
+            yield ("nothing reads cautious without weight decay: remove cautious, or set weight_decay where the rule "
+                   "has it")
         if self.cautious and rule.coupled_decay:
             yield f"{self.rule} adds its decay to the gradient, where it cannot be cautious: remove cautious"
         if self.hyperball and decays:

@@ -19,7 +19,7 @@ class ParameterRow(NamedTuple):
     fan_out: int                                # of one block
     fan_in: int
     lr: float                                   # as configured
-    step_rms: float | None                      # RMS of an entry's change in one update; None: lr times the weight's own
+    step_rms: float | None                      # RMS of an entry's change in one update; None: lr times the weight's
     decay: float                                # share of the weight that decay takes away in one update
     state_bytes: int                            # over all ranks
     formula_bytes: int                          # the same by the paper's formula

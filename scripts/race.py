@@ -3,8 +3,8 @@
     python -m scripts.race                          every rule of configs/demo/
     python -m scripts.race adamw muon splus steps=400 seed=1          these, with overrides for all
 
-A laptop's version of a comparison, a run of about a minute each; the presets' learning rates come from a small sweep and
-one seed decides nothing. Data: python -m data.demo.
+A laptop's version of a comparison, a run of about a minute each. The presets' learning rates come from a small sweep,
+and one seed decides nothing. Data: python -m data.demo.
 """
 import json
 import subprocess
