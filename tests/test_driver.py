@@ -452,3 +452,27 @@ def test_rules_with_initial_weights_of_their_own_draw_them_for_every_logical_blo
     assert not torch.equal(drawn["q"], _scion(0, 1)["q"])
     for name, values in on_ranks(3, _scion, 0).items():
         assert torch.equal(values, drawn[name])
+
+
+def _heads_with_a_checkpoint(rank, saved, first, last):
+    g = torch.Generator().manual_seed(0)
+    params = {f"{n}{i}": nn.Parameter(torch.randn(8, 8, generator=g)) for n in ("q", "attn_out") for i in range(3)}
+    optimizer = Optimizer(params, {n: n[:-1] for n in params}, (Group(
+        name="hidden", params=("rest",), rule="muon", hyper=Muon(ns_dtype="float32"), blocks="heads"),), heads=4)
+    if saved is not None:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(saved["model"][name])
+        optimizer.load_state_dict(saved["state"], first)
+    run_steps(params, optimizer, first, last, 0)
+    return dict(model={n: p.detach().clone() for n, p in params.items()}, state=optimizer.state_dict())
+
+
+def test_the_state_of_heads_is_saved_a_parameter_at_a_time_and_continues_on_other_ranks():
+    whole = _heads_with_a_checkpoint(0, None, 0, 4)
+    saved = on_ranks(2, _heads_with_a_checkpoint, None, 0, 2)
+    assert {name: state["momentum"].shape for name, state in saved["state"].items()} == {
+        name: (4, 2, 8) if name.startswith("q") else (4, 8, 2) for name in whole["model"]}
+    for continued in (_heads_with_a_checkpoint(0, saved, 2, 4), on_ranks(3, _heads_with_a_checkpoint, saved, 2, 4)):
+        for name, p in whole["model"].items():
+            torch.testing.assert_close(continued["model"][name], p, rtol=1e-6, atol=1e-7, msg=name)

@@ -257,6 +257,11 @@ def test_qk_clip_holds_the_logits_of_a_whole_run_on_any_number_of_ranks(tiny):
         assert done.returncode == 0, done.stderr
         lines = map(json.loads, (the_run(tiny, name) / "log.jsonl").read_text().splitlines())
         largest[name] = [max(map(max, line["max_logits"].values())) for line in lines if "max_logits" in line]
+    # Every step is clipped by its own logits: an old maximum would shrink the weights again and again.
+    from harness.checkpoint import newest_intact
+    norms = {name: newest_intact(the_run(tiny, name) / "checkpoints")[1]["model"]["blocks.1.attn.q.weight"].norm()
+             for name in largest}
+    assert 0.4 * norms["free"] < norms["clipped"] < norms["free"]
     # A logit is measured before the clip of its step, so that one step's growth shows.
     assert max(largest["free"]) > 2 * max(largest["clipped"])
     assert largest["two"] == pytest.approx(largest["clipped"], rel=1e-3)
