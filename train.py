@@ -344,12 +344,12 @@ def main(argv: list[str]) -> int:
                     clock.enter("training")
                 before, in_flight = in_flight, train_step(step, batch)
                 step += 1
-                if probing:
-                    diagnose(step)
-                if device.type == "cpu":                              # nothing to wait for: read it at once
-                    before, in_flight = in_flight, None
+                if device.type == "cpu" or probing:                   # nothing to wait for, or waited for already:
+                    before, in_flight = in_flight, None               # read it at once (nothing else was in flight)
                 if before is not None:
                     stopping = note(before)
+                if probing:
+                    diagnose(step)
         except NotFinite as bad:                                      # raised on every rank at the same step
             where = save(bad.step)
             culprit = name_culprit(procs, model, prefetcher.get(min(bad.step, cfg.steps - 1)))

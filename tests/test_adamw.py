@@ -6,12 +6,9 @@ from pydantic import ValidationError
 
 from optim.adamw import AdamW
 from tests import oracles
+from tests.draws import hyper
 
 SHAPE = (5, 40)
-
-
-def hyper(**values):
-    return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in values.items()}
 
 
 def gradients(count, dtype=torch.float32, shape=SHAPE):

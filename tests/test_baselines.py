@@ -10,24 +10,12 @@ from optim.adamw import AdamW
 from optim.lion import Lion
 from optim.sgd import SGD
 from tests import oracles_lmo
+from tests.draws import hyper
+from tests.test_adamw import SHAPE, gradients, weights
 
-SHAPE = (5, 40)
 RULES = [Adam(), Adam(weight_decay=.1), Lion(), Lion(weight_decay=.1), SGD(), SGD(weight_decay=.1, nesterov=True),
          SGD(momentum=0.)]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: repr(rule).replace(" ", ""))
-
-
-def hyper(**values):
-    return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in values.items()}
-
-
-def gradients(count, dtype=torch.float32, shape=SHAPE):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator).to(dtype) * 10 ** (-i % 3) for i in range(count)]
-
-
-def weights(dtype=torch.float32):
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def moving(rule, t):

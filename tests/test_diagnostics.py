@@ -67,6 +67,20 @@ def test_the_step_before_the_last_and_trials_are_measured_for_themselves(tiny):
         assert "l0" in lines[5]["diagnostics"]["blocks.1.mlp.up.weight"]
 
 
+def test_a_step_that_did_not_count_is_not_measured(tiny, monkeypatch):
+    from optim.driver import Optimizer
+    plain = Optimizer.step
+
+    def step(self, step, *arguments):
+        if step == 4 and self.averaged_steps == 4:                    # not in the warm-up
+            self.params["blocks.0.attn.q.weight"].grad.fill_(torch.nan)
+        return plain(self, step, *arguments)
+    monkeypatch.setattr(Optimizer, "step", step)
+    assert train_here("--config", tiny, ALL) == 3
+    log = (the_run(tiny) / "log.jsonl").read_text()
+    assert list(measured(the_run(tiny))) == [1] and "NaN" not in log
+
+
 def test_two_ranks_measure_what_one_does(tiny):
     train_here("--config", tiny, ALL)
     done = train_elsewhere("--config", tiny, ALL, f"runs_dir={tiny.parent / 'two'}", ranks=2)

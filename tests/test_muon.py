@@ -6,31 +6,7 @@ from pydantic import ValidationError
 
 from optim.muon import Muon
 from tests import oracles
-
-COUNT = 20
-
-
-def hyper(**values):
-    return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in values.items()}
-
-
-def weights(shape=(3, 24, 16), dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) / 4
-
-
-def gradients(shape=(3, 24, 16), count=COUNT):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
-
-
-def run(rule, W, grads, lr=.01, momentum=.95):
-    """Updates with a learning rate and a momentum that both move, as schedules move them."""
-    state = rule.init(W)
-    for t, G in enumerate(grads):
-        rule.update(W, G, state, hyper(lr=lr * (1 + t % 3), momentum=momentum - .01 * (t % 5),
-                                       weight_decay=rule.weight_decay, t=t + 1))
-    return state
-
+from tests.draws import gradients, hyper, run, weights
 
 def oracle_run(W, grads, weight_decay, lr=.01, momentum=.95, **switches):
     W, M = W.double(), torch.zeros_like(W, dtype=torch.float64)

@@ -5,18 +5,10 @@ from pydantic import ValidationError
 from optim.muon import Muon
 from optim.muon2 import Muon2
 from tests import oracles
-from tests.test_muon import SPELLING, gradients, hyper, weights
+from tests.draws import gradients, hyper, run, weights
+from tests.test_muon import SPELLING
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
-
-
-def run(rule, W, grads, lr=.01, momentum=.95):
-    """Updates with a learning rate and a momentum that both move."""
-    state = rule.init(W)
-    for t, G in enumerate(grads):
-        rule.update(W, G, state, hyper(lr=lr * (1 + t % 3), momentum=momentum - .01 * (t % 5),
-                                       weight_decay=rule.weight_decay, t=t + 1))
-    return state
 
 
 def oracle_run(W, grads, weight_decay, lr=.01, momentum=.95, **switches):

@@ -11,22 +11,7 @@ from model.gpt import GPT
 from optim.blocks import rescale_heads
 from optim.muonclip import MuonClip
 from tests import oracles
-
-COUNT = 20
-
-
-def hyper(**values):
-    return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in values.items()}
-
-
-def weights(shape=(3, 24, 16), dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) / 4
-
-
-def gradients(shape=(3, 24, 16), count=COUNT):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
-
+from tests.draws import gradients, hyper, weights
 
 def run(rule, W, grads, lr=.01, momentum=.95, weight_decay=.5):
     """Updates with a learning rate and a momentum that both move, as schedules move them."""

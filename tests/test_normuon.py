@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from optim.normuon import NorMuon, Variant
 from optim.variants import VARIANTS
 from tests import oracles
-from tests.test_muon import SPELLING, gradients, hyper, weights
+from tests.draws import gradients, hyper, run, weights
+from tests.test_muon import SPELLING
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
 SWITCHES = [
@@ -23,15 +24,6 @@ SWITCHES = [
     dict(form="sgd", preset="you5", scale="unclamped", decay="lr2"),
     dict(restore="orthogonal", scale="rms1", decay="scaled"),
 ]
-
-
-def run(rule, W, grads, lr, momentum=.95):
-    """Updates with a learning rate and a momentum that both move."""
-    state = rule.init(W)
-    for t, G in enumerate(grads):
-        rule.update(W, G, state, hyper(lr=lr * (1 + t % 3), momentum=momentum - .01 * (t % 5),
-                                       weight_decay=rule.weight_decay, t=t + 1))
-    return state
 
 
 def oracle_run(oracle, W, grads, lr, v, momentum=.95):

@@ -8,22 +8,7 @@ from pydantic import ValidationError
 from optim.geometry import DIVIDED, GEOMETRIES, ORTHOGONALISED, norm
 from optim.scion import Scion
 from tests import oracles_lmo
-
-COUNT = 20
-
-
-def hyper(**values):
-    return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in values.items()}
-
-
-def weights(shape=(3, 24, 16), dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) / 4
-
-
-def gradients(shape=(3, 24, 16), count=COUNT):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
-
+from tests.draws import gradients, hyper, weights
 
 def shape_for(geometry, matrix=(24, 16)):
     return (3, 24, 1) if geometry == "bias_rms" else (3, *matrix)

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from optim.muon import Muon
 from optim.spectral import SpectralDescent
 from tests import oracles
-from tests.test_muon import SPELLING, gradients, hyper, weights
+from tests.draws import gradients, hyper, weights
+from tests.test_muon import SPELLING
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
 

@@ -11,7 +11,7 @@ from optim.muon import Muon, Variant
 from optim.variants import VARIANTS
 from tests import oracles
 from tests.test_config import PRESET
-from tests.test_muon import gradients, hyper, weights
+from tests.draws import gradients, hyper, weights
 
 PUBLISHED = {"kj": oracles.muon_kj, "moonlight": oracles.muon_moonlight, "torch": oracles.muon_torch,
              "dion": oracles.muon_dion, "record4": oracles.muon_record4, "record8": oracles.muon_record8,
