@@ -10,7 +10,6 @@ and every parameter must fall in exactly one group, so that none is optimized, o
 """
 import difflib
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Any
 

@@ -11,6 +11,7 @@ from optim.scion import Scion
 from tests import oracles_lmo
 from tests.draws import COUNT, gradients, hyper, weights
 
+
 def shape_for(geometry, matrix=(24, 16)):
     return (3, 24, 1) if geometry == "bias_rms" else (3, *matrix)
 

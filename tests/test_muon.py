@@ -8,6 +8,7 @@ from optim.muon import Muon
 from tests import oracles
 from tests.draws import gradients, hyper, run, weights
 
+
 def oracle_run(W, grads, weight_decay, lr=.01, momentum=.95, **switches):
     W, M = W.double(), torch.zeros_like(W, dtype=torch.float64)
     for t, G in enumerate(grads):

@@ -13,6 +13,7 @@ from optim.muonclip import MuonClip
 from tests import oracles
 from tests.draws import gradients, hyper, weights
 
+
 def run(rule, W, grads, lr=.01, momentum=.95, weight_decay=.5):
     """Updates with a learning rate and a momentum that both move, as schedules move them."""
     state = rule.init(W)
