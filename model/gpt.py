@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import rotary
-from model.attention import Attention, form_on
+from model.attention import Attention, Past, flash_takes, form_on
 from model.config import ModelConfig
+from model.documents import Sight, first_seen, mask
 from model.head import head_logits, head_loss
 from model.init import draw_weights
 from model.layers import Embedding, Linear, Norm
@@ -54,50 +55,83 @@ class GPT(nn.Module):
             for attn in self.attentions().values():
                 attn.max_logit = torch.full((config.heads,), -torch.inf, dtype=torch.float32)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross-entropies in nats (float32, 0-d) of tokens (b, t) against targets (b, t), int64."""
-        return head_loss(self.trunk(tokens), *self.head_weights(), targets, self.config)
+    def forward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None,
+                longest: int | None = None) -> Tensor:
+        """Summed cross-entropies in nats (float32, 0-d) of tokens (b, t) against targets (b, t), int64.
 
-    def logits(self, tokens: Tensor) -> Tensor:
+        documents, int32 (k,): their boundaries over all b·t tokens as model/documents.py has them, each row's start
+        among them; tokens see their own document only. None: each row is one. Positions count within the row
+        in both cases. longest: a number of tokens that no document exceeds (None: t), which saves a GPU some work.
+        """
+        return head_loss(self.trunk(tokens, documents, longest), *self.head_weights(), targets, self.config)
+
+    def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """The logits (b, t, vocab_size), float32, after the softcap, without the padding."""
-        logits = head_logits(self.trunk(tokens), *self.head_weights(), self.config.softcap)
-        return logits[..., :self.config.vocab_size]
+        return self.read_out(self.trunk(tokens, documents))
 
-    def trunk(self, tokens: Tensor) -> Tensor:
-        """Everything before the head: tokens (b, t) -> (b, t, c)."""
-        config, rotation, v0, outputs = self.config, None, None, []
+    def trunk(self, tokens: Tensor, documents: Tensor | None = None, longest: int | None = None,
+              pasts: list[Past] | None = None, start: int = 0) -> Tensor:
+        """Everything before the head: tokens (b, t) -> (b, t, c).
+
+        With `pasts`, a layer each, the tokens follow `start` others whose keys and values are there.
+        """
+        config, rotation, v0, outputs, t = self.config, None, None, [], tokens.shape[1]
         if config.positions == "rotary":
-            rotation = rotary.tables(tokens.shape[1], config.head_width, config.rotary_base, config.rotary,
-                                     tokens.device)
-        x = x0 = self.embedded(tokens)
+            rotation = rotary.tables(start + t, config.head_width, config.rotary_base, config.rotary, tokens.device)
+            rotation = tuple(table[start:] for table in rotation) if start else rotation
+        sight = self.sight(tokens, documents, longest) if pasts is None else None
+        x = x0 = self.embedded(tokens, start)
         for layer, block in enumerate(self.blocks):
             mirror = config.layers - 1 - layer
             if config.unet and mirror < layer:
                 x = x + self.skips[layer - config.layers // 2].to(x.dtype) * outputs[mirror]
-            x, v = block(x, x0, v0, rotation)
+            x, v = block(x, x0, v0, rotation, sight, None if pasts is None else pasts[layer])
             v0 = v if layer == 0 else v0
             if config.unet:
                 outputs.append(x)
         return self.head_norm(x)
 
-    def embedded(self, tokens: Tensor) -> Tensor:
+    def sight(self, tokens: Tensor, documents: Tensor | None, longest: int | None) -> Sight | None:
+        """What tokens (b, t) see, made once for all layers; None where that is all that came before."""
+        (b, t), window = tokens.shape, self.config.window
+        window = None if window is None or window >= t else window
+        if documents is None and window is None:
+            return None
+        sight = Sight(documents, window, min(longest or t, t), None)
+        if self.attention_over(documents=True) == "varlen":
+            return sight
+        shown = mask(first_seen(sight, b, t, tokens.device), 0, t, t)
+        return sight._replace(mask=shown.to(self.activation_dtype))
+
+    def embedded(self, tokens: Tensor, start: int = 0) -> Tensor:
         """The start of the residual stream, (b, t, c) in the activations' type."""
         x = self.embed(tokens)
         if self.pos is not None:
-            t = tokens.shape[1]
-            if t > self.seq_len:
-                raise ValueError(f"rows of {t} tokens, but this model has positions for {self.seq_len}")
-            x = x + self.pos(torch.arange(t, device=tokens.device))
+            end = start + tokens.shape[1]
+            if end > self.seq_len:
+                raise ValueError(f"rows of {end} tokens, but this model has positions for {self.seq_len}")
+            x = x + self.pos(torch.arange(start, end, device=tokens.device))
         x = x.to(self.activation_dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """The logits of the trunk's output x (..., c): (..., vocab_size), float32."""
+        return head_logits(x, *self.head_weights(), self.config.softcap)[..., :self.config.vocab_size]
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         return (self.embed.weight, None) if self.head is None else (self.head.weight, self.head.bias)
 
     @property
     def attention_form(self) -> str:
-        """sdpa or matmul: the form of attention in use, which depends on where the weights are."""
-        return form_on(self.embed.weight.device, self.config.attention)
+        """The form of attention in use over whole rows, which depends on where the weights are."""
+        return self.attention_over(documents=False)
+
+    def attention_over(self, documents: bool) -> str:
+        """sdpa, matmul or varlen: the form in use over documents or over whole rows; only varlen saves their work."""
+        device, config = self.embed.weight.device, self.config
+        hidden = documents or (config.window or self.seq_len) < self.seq_len
+        return form_on(device, config.attention,
+                       hidden and flash_takes(device, self.activation_dtype, config.head_width))
 
     def init_weights(self, seed: int) -> None:
         """Fill the weights in place; equal on every device and for every number of processes."""
@@ -127,7 +161,10 @@ class GPT(nn.Module):
                 for name, attn in self.attentions().items()}
 
     def flops_per_token(self) -> float:
-        """Forward and backward: 6N + 12·L·H·Q·T, N without look-ups (PaLM, arXiv:2204.02311, appendix B)."""
+        """Forward and backward: 6N + 12·L·H·Q·T, N without look-ups (PaLM, arXiv:2204.02311, appendix B).
+
+        Of attention to whole rows: an upper bound where documents or a window hide some of a row.
+        """
         looked_up = {"pos"} if self.config.tied else {"pos", "embed"}
         N = sum(p.numel() for name, p in self.named_parameters() if role_of(name) not in looked_up)
         L, H, Q, T = self.config.layers, self.config.heads, self.config.head_width, self.seq_len
@@ -146,12 +183,13 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, x0: Tensor, v0: Tensor | None, rotation) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, x0: Tensor, v0: Tensor | None, rotation, sight: Sight | None = None,
+                past: Past = None) -> tuple[Tensor, Tensor]:
         """The stream x (b, t, c), its start x0 and the first layer's values -> the stream, this layer's."""
         if self.shortcut is not None:
             keep, again = self.shortcut.to(x.dtype)
             x = keep * x + again * x0
-        y, v = self.attn(self.attn_norm(x), v0, rotation)
+        y, v = self.attn(self.attn_norm(x), v0, rotation, sight=sight, past=past)
         x = x + (y if self.branch_scale == 1 else self.branch_scale * y)
         return x + self.mlp(self.mlp_norm(x)), v
 
