@@ -41,6 +41,13 @@ def tokens_needed(steps: int, batch_tokens: int) -> int:
     return steps * batch_tokens + 1
 
 
+def steps_in(order: Order, counts: np.ndarray, batch_tokens: int, seq_len: int) -> int:
+    """The number of steps that shards of `counts` tokens last for in `order`, before they begin again."""
+    if order in ("continuous", "spread"):
+        return (int(counts.sum()) - 1) // seq_len * seq_len // batch_tokens
+    return orders.steps_before_repeat(order, counts, batch_tokens)
+
+
 def as_rows(span: np.ndarray, seq_len: int) -> Batch:
     """n * seq_len + 1 tokens as inputs and targets, int64 (n, seq_len) each."""
     return span[:-1].astype(np.int64).reshape(-1, seq_len), span[1:].astype(np.int64).reshape(-1, seq_len)
@@ -78,9 +85,7 @@ class TrainLoader:
     def steps_before_repeat(self, batch_tokens: int) -> int:
         """The number of steps that can be taken before the shards begin again."""
         self._check_batch(batch_tokens)
-        if self.order in ("continuous", "spread"):
-            return (self.tokens.total - 1) // self.seq_len * self.seq_len // batch_tokens
-        return orders.steps_before_repeat(self.order, self.tokens.counts, batch_tokens)
+        return steps_in(self.order, self.tokens.counts, batch_tokens, self.seq_len)
 
     def check_enough(self, steps: int, batch_tokens: int) -> None:
         """Refuse a run that is longer than its data, before it starts; data.repeat allows it."""
