@@ -24,7 +24,7 @@ def main() -> int:
     newest = max(RUNS.glob("*/summary.json"), key=lambda path: path.stat().st_mtime).parent
     summary = json.loads((newest / "summary.json").read_text())
     from scripts.sample import sample                       # torch is loaded here, after the training process is gone
-    text = sample(newest, "def ", new_tokens=240, temperature=0.7, top_k=None, seed=0)
+    text, _ = sample(newest, "def ", new_tokens=240, temperature=0.7, top_k=None, seed=0)
     reached = (f"reached at step {summary['target_step']}, {summary['target_train_s']:.1f} s on the clock"
                if summary["target_step"] is not None else "NOT reached")
     print(f"""

@@ -1,18 +1,24 @@
-"""Continue a prompt with a trained model.
+"""Continue a prompt with a trained model, on a GPU if there is one.
 
-    python -m scripts.sample runs/<run> --prompt "def main" --tokens 200 --temperature 0.8 --top-k 50 --seed 0
+    python -m scripts.sample runs/<run> --prompt "def main" --tokens 200 --temperature 0.8 --top-p 0.9 --seed 0
+    python -m scripts.sample runs/<run> --prompt-file notes.txt          # - reads standard input
+
+The text goes to standard output, the speed to standard error. When the text outgrows the model's context, the older
+half of it is forgotten (model/generate.py).
 """
 import argparse
 import sys
+import time
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from data.tokenizers import by_name
 from harness import checkpoint
 from harness.config import Config
 from harness.load import ConfigError, load
+from model.generate import continuation
 from model.gpt import GPT
 
 
@@ -34,47 +40,54 @@ def load_run(run: Path) -> tuple[Config, GPT]:
     return config, model
 
 
-@torch.no_grad()
-def continue_tokens(model: GPT, prompt: list[int], new_tokens: int, seq_len: int, temperature: float, top_k: int | None,
-                    generator: torch.Generator) -> list[int]:
-    """`new_tokens` more tokens, each drawn from the model's distribution given the last seq_len ones."""
-    tokens = list(prompt)
-    for _ in range(new_tokens):
-        logits: Tensor = model.logits(torch.tensor([tokens[-seq_len:]]))[0, -1]
-        if temperature == 0:
-            tokens.append(int(logits.argmax()))
-            continue
-        logits = logits / temperature
-        if top_k is not None and top_k < len(logits):
-            logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-        tokens.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
-    return tokens
-
-
-def sample(run: Path, prompt: str, new_tokens: int, temperature: float, top_k: int | None, seed: int) -> str:
-    """Text that continues `prompt` (which may be empty), the prompt included."""
+def sample(run: Path, prompt: str, new_tokens: int, temperature: float, top_k: int | None, seed: int,
+           top_p: float | None = None) -> tuple[str, float]:
+    """Text that continues `prompt` (which may be empty), the prompt included; and the tokens drawn a second."""
     config, model = load_run(run)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoding = by_name(config.data.tokenizer)
     start = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
-    tokens = continue_tokens(model, start, new_tokens, config.seq_len, temperature, top_k,
-                             torch.Generator().manual_seed(seed))
-    return encoding.decode(tokens[1:])
+    drawn = continuation(model, start, temperature, top_k, top_p, torch.Generator().manual_seed(seed))
+    began = time.perf_counter()
+    tokens = list(islice(drawn, new_tokens))
+    return encoding.decode(start[1:] + tokens), new_tokens / (time.perf_counter() - began)
+
+
+def read_prompt(path: str) -> str:
+    """The text of a file, or of standard input for "-"; ValueError where that is not UTF-8."""
+    raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {path}: not UTF-8 text (byte {error.start})") from error
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file of text to continue; - is standard input")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=None, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that have this probability together")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for wrong, message in ((args.tokens < 1, "--tokens must be 1 or more"),
+                           (args.temperature < 0, "--temperature must not be negative"),
+                           (args.top_k is not None and args.top_k < 1, "--top-k must be 1 or more"),
+                           (args.top_p is not None and not 0 < args.top_p <= 1, "--top-p must be above 0, at most 1")):
+        if wrong:
+            parser.error(message)
     try:
-        print(sample(args.run, args.prompt, args.tokens, args.temperature, args.top_k, args.seed))
-    except (ConfigError, FileNotFoundError, ValueError) as error:
+        text = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
+        text, tokens_per_s = sample(args.run, text, args.tokens, args.temperature, args.top_k, args.seed, args.top_p)
+    except (ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(text)
+    print(f"{tokens_per_s:,.0f} tokens/s", file=sys.stderr)
     return 0
 
 

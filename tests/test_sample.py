@@ -2,12 +2,14 @@
 import json
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
 
 from data.loader import open_data
-from scripts.sample import continue_tokens, load_run, sample
+from model.generate import continuation
+from scripts.sample import load_run, main, sample
 from tests.conftest import ROOT, the_run, train_here
 
 
@@ -26,26 +28,48 @@ def test_the_loaded_model_has_the_loss_that_the_run_reports(tiny, overrides, key
 
 def test_temperature_zero_takes_the_likeliest_and_top_1_too(tiny):
     train_here("--config", tiny)
-    config, model = load_run(the_run(tiny))
-    drawn = [continue_tokens(model, [3], 10, config.seq_len, temperature, top_k, torch.Generator().manual_seed(seed))
-             for temperature, top_k, seed in ((0, None, 0), (0.9, 1, 1), (0.9, None, 2), (0.9, None, 2), (0.9, None, 3))]
-    assert drawn[0] == drawn[1] and drawn[2] == drawn[3] != drawn[4]
-    assert all(tokens[0] == 3 and len(tokens) == 11 for tokens in drawn)
-
-
-def test_more_tokens_than_the_context_can_be_drawn(tiny):
-    train_here("--config", tiny, "model.positions=learned", "model.qk_norm=none")
-    config, model = load_run(the_run(tiny))
-    assert len(continue_tokens(model, [3], 40, config.seq_len, 1.0, None, torch.Generator().manual_seed(0))) == 41
+    model = load_run(the_run(tiny))[1]
+    drawn = [list(islice(continuation(model, [3], temperature, top_k, top_p, torch.Generator().manual_seed(seed)), 10))
+             for temperature, top_k, top_p, seed in ((0, None, None, 0), (0.9, 1, None, 1), (0.9, None, 1e-3, 1),
+                                                     (0.9, None, None, 2), (0.9, None, None, 2), (0.9, None, None, 3))]
+    assert drawn[0] == drawn[1] == drawn[2] and drawn[3] == drawn[4] != drawn[5]
 
 
 def test_the_prompt_comes_first(tiny):
     train_here("--config", tiny, "model.vocab_size=257")
-    text = sample(the_run(tiny), "\t\n", 5, 0.0, None, 0)
-    assert text.startswith("\t\n") and len(text) >= 3
+    text, tokens_per_s = sample(the_run(tiny), "\t\n", 40, 0.0, None, 0)               # more than its context holds
+    assert text.startswith("\t\n") and len(text) > 30 and tokens_per_s > 0
+
+
+def test_the_prompt_may_come_from_a_file_or_standard_input(tiny, tmp_path, capsys, monkeypatch):
+    train_here("--config", tiny, "model.vocab_size=257", "steps=4")
+    (tmp_path / "prompt.txt").write_text("a line\n")
+    capsys.readouterr()
+    texts = []
+    for arguments in (["--prompt", "a line\n"], ["--prompt-file", str(tmp_path / "prompt.txt")]):
+        monkeypatch.setattr(sys, "argv", ["sample", str(the_run(tiny)), "--tokens", "9", *arguments])
+        assert main() == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("a line\n") and err.endswith(" tokens/s\n")
+        texts.append(out)
+    assert texts[0] == texts[1]
+    (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
+    assert main() == 2 and "prompt.txt: not UTF-8 text (byte 2)\n" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "scripts.sample", tmp_path / "none"], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tokens", "0"], "--tokens must be 1 or more"), (["--top-p", "1.5"], "--top-p must be above 0, at most 1"),
+    (["--temperature", "-1"], "--temperature must not be negative"), (["--top-k", "0"], "--top-k must be 1 or more"),
+    (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+])
+def test_bad_arguments_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample", "runs/none", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
