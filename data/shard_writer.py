@@ -3,7 +3,6 @@
 Everything unfinished has a name that ends in .part, and its length at the last checkpoint is on record: going on
 means cutting it there. A shard gets its own name when it is whole.
 """
-import hashlib
 import heapq
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.manifest import sha256_of
 from data.shards import HEADER_BYTES, HEADER_INTS, MAGIC, TOKEN, VERSION
 
 CHUNK_BYTES = 8 * 1024 * 1024
@@ -74,7 +74,7 @@ class ShardWriter:
         self.file.close()
         self.file = None
         path = self._path()
-        self.files[path.name] = {"tokens": self.tokens, "sha256": file_sha256(self._part())}
+        self.files[path.name] = {"tokens": self.tokens, "sha256": sha256_of(self._part())}
         self._part().replace(path)
         self.number, self.tokens = self.number + 1, 0
 
@@ -202,15 +202,6 @@ def open_at(path: Path, length: int):
 def sync(file) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file, as `sha256sum` prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_json(path: Path, value: dict) -> None:

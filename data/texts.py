@@ -1,9 +1,9 @@
-"""The texts in a block of documents (data/documents_in.py), or one line that says which document is bad and how."""
+"""The texts in a block of documents (data/sources.py), or one line that says which document is bad and how."""
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data.documents_in import Block, DocumentError, words
+from data.sources import Block, DocumentError, words
 
 BOM = b"\xef\xbb\xbf"
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data import tokenizers
-from data.documents_in import DocumentError, Source, find_sources, read
+from data.sources import DocumentError, Source, find_sources, read
 from data.shard_writer import Seen, ShardWriter, Smallest, find_files, write_json
 from data.workers import Encoded, Recipe, encode_all
 

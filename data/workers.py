@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import tokenizers
-from data.documents_in import Block
+from data.sources import Block
 from data.texts import documents
 
 TASK_BYTES = 1024 * 1024         # text that a worker gets at a time
