@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 2. data
     batch_tokens = [stage(cfg, step).batch_tokens for step in range(cfg.steps)]
     positions = list(accumulate(batch_tokens, initial=0))             # tokens read before each step
-    train, val = open_data(cfg.data, cfg.seq_len, cfg.val_tokens, cfg.model.vocab_size)
+    train, val = open_data(cfg.data, cfg.seq_len, cfg.val_tokens, cfg.model.vocab_size, batch_tokens)
     train.check_enough(cfg.steps, cfg.batch_tokens)
     train.rows(0, 0, batch_tokens[0], 0, batch_tokens[0] // cfg.seq_len)          # a wrong vocabulary shows at once
     if args.dry_run:
@@ -150,12 +150,15 @@ def main(argv: list[str]) -> int:
         runs = micro_batches(batch_tokens[step] // cfg.seq_len) if step < cfg.steps else []
         return [train.rows(step, positions[step], batch_tokens[step], *run) for run in runs]
 
+    def to_device(batch) -> list[torch.Tensor]:
+        return [torch.from_numpy(array).to(device) for array in batch]
+
     def backward(batch, tokens: int, send: bool = True) -> torch.Tensor:
         """Leave the gradient of the batch's loss in .grad, or with `send` already on its way to the owners.
         Returns this rank's loss, summed over its tokens."""
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        for micro, (inputs, targets) in enumerate(batch, 1):          # each (rows, seq_len)
-            micro_loss = forward(inputs, targets)                     # summed over tokens
+        for micro, arrays in enumerate(batch, 1):                     # inputs, targets (rows, seq_len), documents?
+            micro_loss = forward(*arrays, longest=train.longest_document)             # summed over tokens
             if send and micro == len(batch):
                 optimizer.expect_last_gradients()
             (micro_loss / tokens if cfg.loss_reduction == "mean" else micro_loss).backward()
@@ -178,8 +181,7 @@ def main(argv: list[str]) -> int:
         """Mean over val_tokens, nats per token."""
         total = torch.zeros((), dtype=torch.float64, device=device)
         for run in micro_batches(cfg.val_tokens // cfg.seq_len):
-            inputs, targets = (torch.from_numpy(x).to(device) for x in val.rows(*run))
-            total += forward(inputs, targets)
+            total += forward(*to_device(val.rows(*run)), longest=val.longest_document)
         if procs.world > 1:
             dist.all_reduce(total)
         return total.item() / cfg.val_tokens
@@ -189,21 +191,19 @@ def main(argv: list[str]) -> int:
     clock.enter("warm-up")
     stages = dict.fromkeys(stage(cfg, step) for step in range(cfg.steps))          # distinct, in order
 
-    def dummy(rows: int):
+    def dummy(loader, rows: int) -> list:
         sizes = [last - first for first, last in micro_batches(rows)]
-        tokens = [torch.arange(n * cfg.seq_len, device=device).view(n, -1) % cfg.model.vocab_size
-                  for n in dict.fromkeys(sizes)]
-        return [(t, t.clone()) for t in tokens]                       # apart: compilation sees aliases
+        return [to_device(loader.dummy(n)) for n in dict.fromkeys(sizes)]
 
     while True:
         out_of_memory = False
         try:
             for s in stages:
                 for _ in range(2):                                    # the second finds gradients there, as a step does
-                    backward(dummy(s.batch_tokens // cfg.seq_len), s.batch_tokens, send=False)
+                    backward(dummy(train, s.batch_tokens // cfg.seq_len), s.batch_tokens, send=False)
             with torch.no_grad():
-                for inputs, targets in dummy(cfg.val_tokens // cfg.seq_len):
-                    forward(inputs, targets)
+                for arrays in dummy(val, val.row_count):
+                    forward(*arrays, longest=val.longest_document)
         except torch.OutOfMemoryError:
             if micro_rows == 1:
                 raise

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Arrays = tuple[np.ndarray, np.ndarray]     # inputs, targets
+Arrays = tuple[np.ndarray, ...]     # of a micro-batch: inputs, targets, perhaps the boundaries of documents
 
 
 class Prefetcher:
     """`get(step)` returns the micro-batches of `step` on `device` and starts reading those of step + 1.
 
-    fetch: step -> micro-batches as pairs (inputs, targets) of int64 arrays (rows, seq_len); runs in the
+    fetch: step -> micro-batches as tuples of arrays, in which they come out as tensors; runs in the
     thread. Any step may be asked for; one that was not read ahead is read then. What `fetch` raises, `get`
     raises, for the step that it belongs to. Close it, or use it in a `with` statement.
     """
@@ -32,15 +32,15 @@ class Prefetcher:
         self.thread = ThreadPoolExecutor(1, "prefetch", *start)
         self.ahead: tuple[int, Future] | None = None
 
-    def get(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def get(self, step: int) -> list[tuple[Tensor, ...]]:
         ahead, self.ahead = self.ahead, None
         if ahead is None or ahead[0] != step:
             if ahead is not None:
                 ahead[1].cancel()
             ahead = step, self.thread.submit(self._read, step)
-        pairs = ahead[1].result()
+        batches = ahead[1].result()
         self.ahead = step + 1, self.thread.submit(self._read, step + 1)
-        return [(self._move(inputs), self._move(targets)) for inputs, targets in pairs]
+        return [tuple(map(self._move, batch)) for batch in batches]
 
     def close(self) -> None:
         self.thread.shutdown(wait=True, cancel_futures=True)
@@ -51,8 +51,8 @@ class Prefetcher:
     def __exit__(self, *exception):
         self.close()
 
-    def _read(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        return [(self._hold(inputs), self._hold(targets)) for inputs, targets in self.fetch(step)]
+    def _read(self, step: int) -> list[tuple[Tensor, ...]]:
+        return [tuple(map(self._hold, batch)) for batch in self.fetch(step)]
 
     def _hold(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)

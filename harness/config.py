@@ -82,7 +82,7 @@ class Config:
     deterministic: bool = False                 # on a GPU only algorithms that repeat every bit, if slower
 
     def __post_init__(self):
-        if problems := [*self._tokens_that_do_not_fit(), *self._groups_that_clash(),
+        if problems := [*self._tokens_that_do_not_fit(), *self._documents_that_cannot_be(), *self._groups_that_clash(),
                         *self._entries_out_of_order(), *self._keys_nothing_reads(),
                         *self._points_out_of_order()]:
             raise ValueError("\n".join(problems))
@@ -122,6 +122,16 @@ class Config:
             yield (f"batch_tokens {self.batch_tokens} is not a multiple of {RANKS} x seq_len {self.seq_len}, "
                    f"but data.order {self.data.order} is that of a script on {RANKS} GPUs; "
                    f"{_nearest(self.batch_tokens, unit)}, or data.order: continuous")
+
+    def _documents_that_cannot_be(self):
+        longest, end_of_text = self.data.max_document_tokens, self.data.end_of_text
+        if longest is not None and longest > self.seq_len:
+            yield (f"data.max_document_tokens {longest} is more than seq_len {self.seq_len}, and no row holds as much; "
+                   f"leave it out, or use at most {self.seq_len}")
+        if end_of_text is not None and end_of_text >= self.model.vocab_size:
+            key = "documents: separate" if self.data.documents == "separate" else "order: documents"
+            yield (f"data.{key} looks for id {end_of_text}, with which documents begin in data.tokenizer "
+                   f"{self.data.tokenizer}, but model.vocab_size is {self.model.vocab_size}; correct one of them")
 
     def _groups_that_clash(self):
         names = [group.name for group in self.optim]

@@ -13,13 +13,15 @@ def name_culprit(procs: Processes, model: nn.Module, batch: list) -> str:
     """Repeat a step's forward and backward passes; what is not finite, in words. Every rank must call it.
 
     Args:
-        batch: this rank's (inputs, targets) micro-batches, each (rows, seq_len) on the device.
+        batch: this rank's micro-batches on the device: inputs, targets (rows, seq_len), perhaps documents (k,).
     """
     model.zero_grad(set_to_none=True)
     losses = []
-    for inputs, targets in batch:
-        for row in range(len(inputs)):                  # row by row: uncompiled, a whole micro-batch may not fit
-            loss = model(inputs[row:row + 1], targets[row:row + 1])
+    for inputs, targets, *documents in batch:
+        rows, seq_len = inputs.shape
+        for row in range(rows):                         # row by row: uncompiled, a whole micro-batch may not fit
+            bounds = [(each - row * seq_len).clamp(0, seq_len) for each in documents]
+            loss = model(inputs[row:row + 1], targets[row:row + 1], *bounds)
             loss.backward()
             losses.append(loss.detach())
     named = list(model.named_parameters())

@@ -127,6 +127,7 @@ def report(config: Config, model: torch.nn.Module, train, val) -> int:
         f"{sum(p.numel() for p in model.parameters()):,} parameters",
         f"training data   {train.tokens.total:,} tokens present in {len(train.tokens.paths)} shards, "
         f"{needed:,} needed: headers good",
+        *_documents(train, config.steps, config.batch_tokens),
         f"validation      {config.val_tokens:,} tokens, {len(config.validation_steps())} times",
         f"device          {world} x {device_name(device)}, {str(dtype).removeprefix('torch.')} ({reason})",
         f"memory a rank   about {total / 2**30:.1f} GiB of {free / 2**30:.1f}: "
@@ -143,6 +144,15 @@ def report(config: Config, model: torch.nn.Module, train, val) -> int:
         return 2
     print("ready: nothing is missing")
     return 0
+
+
+def _documents(train, steps: int, batch_tokens: int):
+    """What rows that begin with documents leave of the tokens."""
+    if train.packing is not None:
+        used = train.packing.rows * train.seq_len
+        yield (f"documents       {train.packing.documents:,}; rows that begin with one hold {used:,} tokens "
+               f"({used / train.tokens.total:.1%}), enough for {train.steps_before_repeat(batch_tokens):,} steps of "
+               f"{steps:,}")
 
 
 def _host_memory() -> int:

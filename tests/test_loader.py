@@ -299,7 +299,7 @@ def test_the_configuration_refuses_unknown_keys_and_unknown_orders():
     for more in ('"ordr": "2024-06"', '"order": "2024-07"', '"repeat": 1', '"tokenizer": "bpe"', '"val": 3'):
         with pytest.raises(ValidationError):
             adapter.validate_json(f"{good[:-1]}, {more}}}", strict=True)
-    assert set(PUBLISHED) | {"continuous", "spread"} == set(DataConfig.__dataclass_fields__["order"].type.__args__)
+    assert set(PUBLISHED) | {"continuous", "spread", "documents"} == set(DataConfig.__dataclass_fields__["order"].type.__args__)
 
 
 def test_the_configuration_is_imported_without_torch_or_tiktoken():

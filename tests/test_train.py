@@ -126,10 +126,10 @@ def test_out_of_memory_halves_the_micro_batch_and_says_so(tiny, monkeypatch, cap
     from model.gpt import GPT
     forward = GPT.forward
 
-    def small_only(self, tokens, targets):
+    def small_only(self, tokens, targets, **options):
         if tokens.shape[0] > 2:
             raise torch.OutOfMemoryError("not enough")
-        return forward(self, tokens, targets)
+        return forward(self, tokens, targets, **options)
 
     train_here("--config", tiny, "micro_batch_tokens=64")
     monkeypatch.setattr(GPT, "forward", small_only)
