@@ -35,7 +35,8 @@ class Corpus:
     def files(self, shards: int) -> list[str]:
         """The validation shard and the first `shards` training shards."""
         if not 0 <= shards <= self.shards:
-            raise ShardError(f"--shards {shards}: {self.name} has {self.shards} training shards; take 0 to {self.shards}")
+            raise ShardError(f"--shards {shards}: {self.name} has {self.shards} training shards; take 0 to "
+                             f"{self.shards}")
         return [self.val_file, *self.train_files[:shards]]
 
     def tokens(self, file: str) -> int:
