@@ -12,6 +12,9 @@ from model.config import ModelConfig, Softcap
 
 def head_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, config: ModelConfig) -> Tensor:
     """Sum over all tokens of the cross-entropy in nats, float32, of x (b, t, c) against targets (b, t)."""
+    if config.loss == "triton":
+        from model.cross_entropy import fused_head_loss       # here, because it imports Triton
+        return fused_head_loss(x, weight, bias, targets, config)
     logits = head_logits(x, weight, bias, config.softcap)
     if not config.loss_over_padding:
         logits = logits[..., :config.vocab_size]
