@@ -44,6 +44,11 @@ def on_sphere(W: Tensor, D: Tensor, lr: Tensor) -> Tensor:
     return radius * moved / torch.linalg.matrix_norm(moved, keepdim=True).clamp(min=tiny)
 
 
+def fuses(group: Group, W: Tensor) -> bool:
+    """Whether the rule's own kernels make the whole update of a share `W`: no option of the group is in their way."""
+    return not (group.cautious or group.hyperball) and group.hyper.fuses(W)
+
+
 def update(group: Group, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor],
            clip: Tensor | None) -> None:
     """The update of a rank's share `W` of a bank, in place on `W` and `state`."""

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from optim import backend
 from optim.bank import Bank
 from optim.bases import FAILURES
 from optim.blocks import rescale_heads
-from optim.constraints import guarded_update, update
+from optim.constraints import fuses, guarded_update, update
 from optim.groups import Group, assign
 from optim.orthogonalise import iteration_dtype
 from optim.plan import plan_banks
@@ -43,16 +44,19 @@ class Optimizer:
         average: decay d of the weight average E ← d·E + (1-d)·W kept for evaluation, or None.
         compile: compile the updates (one fused kernel for an elementwise rule).
         qk: attention -> names of its query and key weights (heads·d, cols) and biases (heads·d,).
+        kernels: what makes the products of orthogonalisations (optim/backend.py); a choice for the whole process.
     Raises:
         GroupError: a parameter falls in no group or in two, or an option does not suit a group.
+        KernelError: the kernels cannot be had here.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], roles: dict[str, str], groups: tuple[Group, ...],
                  average: float | None = None, grad_clip: float | None = None, compile: bool = False,
-                 heads: int = 1, tied: bool = False, qk: dict[str, list[str]] = {}):
+                 heads: int = 1, tied: bool = False, qk: dict[str, list[str]] = {}, kernels: backend.Kernels = "auto"):
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.params, self.groups, self.grad_clip, self.decay = params, groups, grad_clip, average
-        self.device = next(iter(params.values())).device
+        self.device, self.compiled = next(iter(params.values())).device, compile
+        self.why_not_triton = backend.choose(kernels, self.device)
         assignment = assign(groups, roles, {name: tuple(p.shape) for name, p in params.items()})
         plans = plan_banks(groups, assignment, params, roles, heads, tied, self.world)
         self.banks = [Bank(plan, params, average is not None, self.rank, self.world) for plan in plans]
@@ -81,9 +85,14 @@ class Optimizer:
     @property
     def orthogonalisation(self) -> str:
         """How matrices are orthogonalised here, in words."""
-        dtypes = [str(iteration_dtype(group.hyper.ns_dtype, self.device)).removeprefix("torch.")
-                  for group in self.groups if group.hyper.orthogonalises]
-        return f"plain torch in {', '.join(dict.fromkeys(dtypes))}" if dtypes else "none"
+        rules = [group.hyper for group in self.groups if group.hyper.orthogonalises]
+        dtypes = [iteration_dtype(rule.ns_dtype, self.device, getattr(rule, "ns_form", "standard")) for rule in rules]
+        if not rules:
+            return "none"
+        compiled = self.compiled and not self.host_may_look
+        code = "Triton" if backend.chosen == "triton" else "compiled torch" if compiled else "plain torch"
+        names = ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"{code} in {names}" + (f" ({self.why_not_triton})" if self.why_not_triton else "")
 
     def failures(self) -> int:
         """How many decompositions failed since the last `reset`, on all ranks; every rank must call it."""
@@ -220,8 +229,10 @@ class Optimizer:
     def _update_bank(self, bank: Bank, g: Tensor, clip: Tensor | None, present: Tensor) -> None:
         h, W, G = self.varying[bank.group.name], bank.blocks(bank.mine), bank.blocks(g)
         plainly, guardedly = self.updates[id(bank)]
-        if bank.missing or not self.host_may_look:
-            keep = self.ok & bank.had_gradient(present) if bank.missing else self.ok
+        keep = self.ok & bank.had_gradient(present) if bank.missing else self.ok
+        if fuses(bank.group, W):
+            bank.rule.fused_update(W, G, bank.state, h, clip, keep)
+        elif bank.missing or not self.host_may_look:
             guardedly(bank.group, W, G, bank.state, h, clip, keep)
         elif self.ok:
             plainly(bank.group, W, G, bank.state, h, clip)

@@ -2,7 +2,7 @@
 
     M ← μM + (1-μ)G            momentum_form "ema";     "sgd":  M ← μM + G
     U = (1-μ)G + μM            with nesterov ("sgd":  U = G + μM); without:  U = M
-    O = NS(U)                  ns_coefficients, ns_steps, ns_dtype: see orthogonalise.py
+    O = NS(U)                  ns_coefficients, ns_steps, ns_dtype, ns_form: see orthogonalise.py
     W ← W - ηs O - δW          s: the shape's factor (scale); δ: ηλ, η²λ or ηsλ (decay)
 
 Five things on which references differ are five independent switches: momentum_form, nesterov, ns_coefficients, scale
@@ -14,6 +14,8 @@ Both momentum forms point the same way while μ is constant, and differ while a 
 - Momentum is float32 whatever the weights are; the references' has the weights' dtype.
 - The norm before the iteration has no ε, and its rounding is float32's (orthogonalise.py).
 - G is only read; KellerJordan/Muon writes U into it.
+
+Where Triton's kernels are in use the same step is made by `fused_update`: a few passes over memory (kernels/passes.py).
 """
 from typing import Annotated, ClassVar, Literal
 
@@ -22,7 +24,9 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from optim.orthogonalise import DtypeName, Preset, iteration_dtype, newton_schulz_flops, orthogonalise
+from optim import backend
+from optim.orthogonalise import (COEFFICIENTS, DtypeName, Form, Preset, iterate, iteration_dtype, newton_schulz_flops,
+                                 orthogonalise, refuse_bfloat16_gram)
 from optim.rule import Rule
 from optim.variants import VARIANTS, with_variant
 
@@ -43,6 +47,7 @@ class Muon(Rule):
     ns_coefficients: Preset = "kj5"                      # polynomials of the Newton-Schulz steps
     ns_steps: Annotated[int, Field(gt=0)] | None = None  # Newton-Schulz steps; null: the preset's own number
     ns_dtype: DtypeName = "auto"                         # of its products; auto: bfloat16 where fast
+    ns_form: Form = "standard"                           # gram: on the small Gram matrix, from 2:1 on, in float16
     scale: Scale = "spectral"                            # shape factor s on lr
     weight_decay: Annotated[float, Field(ge=0)] = 0.0    # λ, times what `decay` says
     decay: Decay = "lr"                                  # weight decay per step: ηλ, η²λ or ηsλ
@@ -56,6 +61,9 @@ class Muon(Rule):
     def _take_variant(cls, given):
         return with_variant(cls, given)
 
+    def __post_init__(self):
+        refuse_bfloat16_gram(self.ns_form, self.ns_dtype)
+
     def init(self, W: Tensor) -> dict[str, Tensor]:
         """Momentum, zero: float32, or float64 for float64 weights."""
         return {"momentum": torch.zeros_like(W, dtype=torch.promote_types(W.dtype, torch.float32))}
@@ -64,9 +72,22 @@ class Muon(Rule):
         """One step, in place on `W` (n, rows, cols) and `state`; `h` holds VARYING as 0-d float64 tensors."""
         M, shape = state["momentum"], W.shape[-2:]
         U = advance(M, G.to(M.dtype), h["momentum"], self.momentum_form, self.nesterov)
-        dtype = iteration_dtype(self.ns_dtype, W.device)
-        O = orthogonalise(U, self.ns_coefficients, self.ns_steps, dtype).to(M.dtype)
+        dtype = iteration_dtype(self.ns_dtype, W.device, self.ns_form)
+        O = orthogonalise(U, self.ns_coefficients, self.ns_steps, dtype, self.ns_form).to(M.dtype)
         W.sub_(h["lr"] * self.lr_multiplier(*shape) * O + self.shrinkage(h, *shape) * W.to(M.dtype))
+
+    def fuses(self, W: Tensor) -> bool:
+        return backend.chosen == "triton" and W.dtype != torch.float64 and W[:1].is_contiguous()
+
+    def fused_update(self, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor], clip: Tensor | None,
+                     keep: Tensor) -> None:
+        from optim.kernels.passes import momentum_and_norm, step_and_decay
+        dtype, safety = iteration_dtype(self.ns_dtype, W.device, self.ns_form), COEFFICIENTS[self.ns_coefficients].safety
+        X = momentum_and_norm(G, state["momentum"], h["momentum"], self.momentum_form == "ema", self.nesterov, safety,
+                              dtype, clip, keep)
+        O = iterate(X, self.ns_coefficients, self.ns_steps, self.ns_form)
+        shape = W.shape[-2:]
+        step_and_decay(W, O, h["lr"], self.lr_multiplier(*shape), self.shrinkage(h, *shape), keep)
 
     def lr_multiplier(self, rows: int, cols: int) -> float:
         return shape_factor(self.scale, rows, cols)
@@ -79,7 +100,8 @@ class Muon(Rule):
         return decay_rate(self.decay, h["lr"], self.lr_multiplier(rows, cols)) * h["weight_decay"]
 
     def flops(self, rows: int, cols: int) -> float:
-        return super().flops(rows, cols) + newton_schulz_flops(rows, cols, self.ns_coefficients, self.ns_steps)
+        steps = newton_schulz_flops(rows, cols, self.ns_coefficients, self.ns_steps, self.ns_form)
+        return super().flops(rows, cols) + steps
 
     def state_numbers(self, rows: int, cols: int) -> int:
         return rows * cols

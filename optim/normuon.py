@@ -23,7 +23,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from optim.muon import Decay, MomentumForm, Scale, Share, advance, decay_rate, shape_factor
-from optim.orthogonalise import DtypeName, Preset, iteration_dtype, newton_schulz_flops, orthogonalise
+from optim.orthogonalise import (DtypeName, Form, Preset, iteration_dtype, newton_schulz_flops, orthogonalise,
+                                 refuse_bfloat16_gram)
 from optim.rule import Rule
 from optim.variants import VARIANTS, with_variant
 
@@ -40,6 +41,7 @@ class NorMuon(Rule):
     ns_coefficients: Preset = "kj5"                      # polynomials of the Newton-Schulz steps
     ns_steps: Annotated[int, Field(gt=0)] | None = None  # Newton-Schulz steps; null: the preset's own number
     ns_dtype: DtypeName = "auto"                         # of its products; auto: bfloat16 where fast
+    ns_form: Form = "standard"                           # gram: on the small Gram matrix, from 2:1 on, in float16
     beta2: Share = 0.95                                  # β₂, decay of the mean squares v
     eps: Annotated[float, Field(gt=0)] = 1e-10           # ε, the least v
     statistic: Literal["rows", "longer"] = "longer"      # v has a number a row, or a line of the longer side
@@ -57,6 +59,9 @@ class NorMuon(Rule):
     def _take_variant(cls, given):
         return with_variant(cls, given)
 
+    def __post_init__(self):
+        refuse_bfloat16_gram(self.ns_form, self.ns_dtype)
+
     def init(self, W: Tensor) -> dict[str, Tensor]:
         """Momentum and v (n, rows, 1) or (n, 1, cols), zero: float32, or float64 for float64 weights."""
         n, rows, cols = W.shape
@@ -68,8 +73,9 @@ class NorMuon(Rule):
         """One step, in place on `W` (n, rows, cols) and `state`; `h` holds VARYING as 0-d float64 tensors."""
         M, shape = state["momentum"], W.shape[-2:]
         U = advance(M, G.to(M.dtype), h["momentum"], self.momentum_form, self.nesterov)
-        dtype = iteration_dtype(self.ns_dtype, W.device)
-        D = self._equalise(orthogonalise(U, self.ns_coefficients, self.ns_steps, dtype).to(M.dtype), state["v"])
+        dtype = iteration_dtype(self.ns_dtype, W.device, self.ns_form)
+        O = orthogonalise(U, self.ns_coefficients, self.ns_steps, dtype, self.ns_form).to(M.dtype)
+        D = self._equalise(O, state["v"])
         W.sub_(h["lr"] * self.lr_multiplier(*shape) * D + self.shrinkage(h, *shape) * W.to(M.dtype))
 
     def _equalise(self, O: Tensor, v: Tensor) -> Tensor:
@@ -95,7 +101,8 @@ class NorMuon(Rule):
         return decay_rate(self.decay, h["lr"], self.lr_multiplier(rows, cols)) * h["weight_decay"]
 
     def flops(self, rows: int, cols: int) -> float:
-        return 2 * super().flops(rows, cols) + newton_schulz_flops(rows, cols, self.ns_coefficients, self.ns_steps)
+        steps = newton_schulz_flops(rows, cols, self.ns_coefficients, self.ns_steps, self.ns_form)
+        return 2 * super().flops(rows, cols) + steps
 
     def state_numbers(self, rows: int, cols: int) -> int:
         return rows * cols + (rows if self._per_row(rows, cols) else cols)

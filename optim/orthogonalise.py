@@ -9,11 +9,17 @@ B = bA + cA²: folding aI into B would round away B's low bits in bfloat16.
 
 The references divide by ‖X‖_F + 1e-7 or clamp the norm at 1e-7, in bfloat16, so that matrices with a norm
 near that or below come out too small. Here every finite magnitude is normalised alike, and zeros stay zero.
+
+A and B are symmetric, of which backend.py makes one half only where it can. gram.py has the same steps in another
+form, for matrices that are long and thin.
 """
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from optim.backend import symmetric_product
+from optim.gram import gram_flops, gram_steps, worth_it
 
 # Asked once: in a compiled update the question breaks the graph.
 CPU_FAST_IN_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -27,6 +33,7 @@ class Coefficients(NamedTuple):
 
 Preset = Literal["kj5", "you5", "polar_express5", "exact12", "cubic5"]
 DtypeName = Literal["auto", "bfloat16", "float32"]       # see `iteration_dtype`
+Form = Literal["standard", "gram"]                       # gram: gram.py's, for matrices for which it is worth it
 
 # Bands: where singular values of 0.01 to 1 after normalising end up.
 COEFFICIENTS: dict[Preset, Coefficients] = {
@@ -62,7 +69,7 @@ COEFFICIENTS: dict[Preset, Coefficients] = {
 
 
 def orthogonalise(X: Tensor, coefficients: Preset = "kj5", steps: int | None = None,
-                  dtype: torch.dtype = torch.float32) -> Tensor:
+                  dtype: torch.dtype = torch.float32, form: Form = "standard") -> Tensor:
     """Apply a preset's Newton-Schulz steps to every matrix of a stack; `X` itself is left as it is.
 
     Args:
@@ -73,23 +80,34 @@ def orthogonalise(X: Tensor, coefficients: Preset = "kj5", steps: int | None = N
     Returns:
         (n, rows, cols), a new tensor; zero where a matrix is zero.
     """
-    X = _normalise(X, COEFFICIENTS[coefficients].safety).to(dtype)
+    return iterate(_normalise(X, COEFFICIENTS[coefficients].safety).to(dtype), coefficients, steps, form)
+
+
+def iterate(X: Tensor, coefficients: Preset, steps: int | None, form: Form) -> Tensor:
+    """The steps alone, in X's dtype, on matrices (n, rows, cols) whose norms are at most 1."""
+    if form == "gram" and worth_it(*X.shape[-2:]):
+        return gram_steps(X, polynomials(coefficients, steps))
     tall = X.shape[-2] > X.shape[-1]
-    for a, b, c in _polynomials(coefficients, steps):
-        A = X.mT @ X if tall else X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
+    for a, b, c in polynomials(coefficients, steps):
+        Y = X.mT if tall else X
+        A = symmetric_product(Y, Y)
+        B = symmetric_product(A, A, A, c, b) if c else b * A
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
 
 
-def newton_schulz_flops(rows: int, cols: int, coefficients: Preset = "kj5", steps: int | None = None) -> float:
+def newton_schulz_flops(rows: int, cols: int, coefficients: Preset = "kj5", steps: int | None = None,
+                        form: Form = "standard") -> float:
     """Floating-point operations of the products for one matrix, with n its smaller and m its larger side:
     2mn² for A, 2n³ for A², which cubic steps spare, and 2mn² for BX, in each step."""
     n, m = sorted((rows, cols))
-    return float(sum(4 * m * n ** 2 + (2 * n ** 3 if c else 0) for _, _, c in _polynomials(coefficients, steps)))
+    if form == "gram" and worth_it(rows, cols):
+        return gram_flops(rows, cols, polynomials(coefficients, steps))
+    return float(sum(4 * m * n ** 2 + (2 * n ** 3 if c else 0) for _, _, c in polynomials(coefficients, steps)))
 
 
-def _polynomials(coefficients: Preset, steps: int | None) -> tuple[tuple[float, float, float], ...]:
+def polynomials(coefficients: Preset, steps: int | None) -> tuple[tuple[float, float, float], ...]:
+    """(a, b, c) of each step."""
     listed = COEFFICIENTS[coefficients].steps
     steps = len(listed) if steps is None else steps
     return listed[:steps] + listed[-1:] * (steps - len(listed))
@@ -104,17 +122,26 @@ def _normalise(X: Tensor, safety: float) -> Tensor:
     return X / (safety * torch.linalg.vector_norm(X, 2, dims, keepdim=True).clamp(min=tiny))
 
 
-def iteration_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+def iteration_dtype(name: DtypeName, device: torch.device, form: Form = "standard") -> torch.dtype:
     """The dtype that `ns_dtype` means on this device.
 
     "auto" is bfloat16 where the processor is fast in it: on CUDA, as in every reference, and on a CPU with AMX
-    tiles or AVX512-BF16; float32 elsewhere. 5 steps, 2 threads, torch 2.13, float32 → bfloat16, ms:
+    tiles or AVX512-BF16; float32 elsewhere. The Gram form has float16 on CUDA instead, and float32 on a CPU.
+    5 steps, 2 threads, torch 2.13, float32 → bfloat16, ms:
 
                    with AMX     AVX512-BF16   AVX-512 only   AVX2 only
         16×128×128  3.3 → 1.2    6.5 → 2.7     3.4 → 14.7     5.4 → 193
         8×512×128   5.1 → 1.7   10.3 → 4.6     4.8 → 21.5     7.6 → 248
     """
-    if name == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and CPU_FAST_IN_BF16)
-        return torch.bfloat16 if fast else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if form == "gram":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    fast = device.type == "cuda" or (device.type == "cpu" and CPU_FAST_IN_BF16)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def refuse_bfloat16_gram(form: Form, dtype: DtypeName) -> None:
+    """Raises ValueError: rounding to 8 bits makes the Gram matrix indefinite, and the steps then diverge."""
+    if form == "gram" and dtype == "bfloat16":
+        raise ValueError("ns_form: gram diverges in bfloat16; remove ns_dtype, which means float16 then, or set float32")

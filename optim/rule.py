@@ -61,6 +61,16 @@ class Rule:
 
     # ---- what few rules have
 
+    def fuses(self, W: Tensor) -> bool:
+        """Whether `fused_update` is to be called for stacks that lie in memory as `W` does."""
+        return False
+
+    def fused_update(self, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor], clip: Tensor | None,
+                     keep: Tensor) -> None:
+        """What `update` does with G times `clip` (0-d), in kernels of its own, and only where `keep` is true (bool, 0-d
+        or one for each matrix). Never compiled."""
+        raise NotImplementedError
+
     takes_vectors: ClassVar[bool] = False                      # vectors come as stacks of one column, (n, numel, 1)
     coupled_decay: ClassVar[bool] = False                      # decay goes through the gradient, as in Adam's L2 form
     confines: ClassVar[bool] = False                           # the step depends on W (Scion's shrinking ball)
