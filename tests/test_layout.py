@@ -14,7 +14,7 @@ ALLOWED = {"model": set(), "optim": set(), "data": set(), "harness": {"model", "
 # harness knows the three by their configuration only: these modules define or judge keys of the YAML.
 CONFIGURATION = {"model.config", "data.loader", "data.orders", "optim", "optim.groups", "optim.schedules",
                  "optim.table"}
-FILES = [ROOT / "train.py", *(p for package in (*PACKAGES, "scripts") for p in sorted((ROOT / package).glob("*.py")))]
+FILES = [ROOT / "train.py", *(p for package in (*PACKAGES, "scripts") for p in sorted((ROOT / package).rglob("*.py")))]
 
 
 def imported_modules(path):
@@ -38,7 +38,7 @@ def test_import_arrows_point_one_way(path):
 
 @pytest.mark.parametrize("package", ["model", "optim"])
 def test_mathematics_knows_nothing_of_ranks(package):
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         if path.name not in ("driver.py", "bank.py"):
             assert not re.search(r"torch\.distributed|\bdist\.", path.read_text()), path
 
@@ -56,7 +56,8 @@ def test_help_loads_nothing_slow():
             "import runpy\n"
             "try: runpy.run_path('train.py', run_name='__main__')\n"
             "except SystemExit: pass\n"
-            "slow = {'torch._inductor', 'matplotlib', 'wandb', 'rich', 'tiktoken', 'transformers', 'triton', 'scipy'}\n"
+            "slow = {'torch._inductor', 'matplotlib', 'wandb', 'rich', 'tiktoken', 'transformers', 'triton', 'scipy',\n"
+            "        'datasets', 'huggingface_hub'}\n"
             "print('loaded:', *sorted(slow & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "usage:" in done.stdout and done.stdout.strip().endswith("loaded:"), done.stdout + done.stderr

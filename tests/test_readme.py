@@ -21,7 +21,8 @@ def test_every_command_names_things_that_exist(command):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
     elif "-m" in words:
-        assert (ROOT / (words[words.index("-m") + 1].replace(".", "/") + ".py")).exists()
+        module = ROOT / words[words.index("-m") + 1].replace(".", "/")
+        assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()
     else:
         assert (ROOT / next(w for w in words if w.endswith(".py")).removeprefix("source/")).exists()
         if "--config" in words and "source/train.py" not in words:

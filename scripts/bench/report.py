@@ -1,0 +1,55 @@
+"""How a bench is asked and how its answer begins. Light: torch is loaded where it is needed."""
+import argparse
+import os
+import shlex
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+
+class BenchError(ValueError):
+    """What was asked for cannot be measured here; one line with the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line and exit code 2."""
+
+    def __init__(self, subcommand: str, description: str):
+        super().__init__(prog=f"python -m scripts.bench {subcommand}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def at_least(least: int):
+    """An argparse type: a whole number from `least` on."""
+    def number(word: str) -> int:
+        if not word.isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from {least} on")
+        return int(word)
+    return number
+
+
+def one_device():
+    """The device to measure on. BenchError under torchrun: two processes would measure each other."""
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise BenchError(f"the benches measure one process, not {world}: start them without torchrun")
+    from harness import processes
+    return processes.start().device
+
+
+def header(device, *more: str) -> str:
+    """What produced the numbers below it: device, threads, versions, date, `more`; then the command."""
+    import torch
+
+    from harness import processes
+    try:
+        triton = [f"triton {version('triton')}"]
+    except PackageNotFoundError:
+        triton = []
+    threads = torch.get_num_threads()
+    words = [processes.device_name(device), f"{threads} thread{'s' * (threads > 1)}", f"torch {torch.__version__}",
+             *triton, time.strftime("%Y-%m-%d"), *more]
+    return f"{', '.join(words)}\npython -m scripts.bench {shlex.join(sys.argv[1:])}"
