@@ -8,14 +8,34 @@ CAPABILITIES = (80, 90, 100, 120)                       # A100, H100 and H200, B
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}    # most that one block may have
 
 
-def resources(kernel, signature: dict, constexprs: dict, capability: int, num_warps: int = 4, num_stages: int = 3,
-              aligned: tuple[str, ...] = ()) -> tuple[int, int, int]:
-    """(registers a thread, shared bytes a block, spilled bytes a thread) of a `@triton.jit` kernel.
+def code(kernel, signature: dict, constexprs: dict, capability: int, num_warps: int = 4, num_stages: int = 3,
+         aligned: tuple[str, ...] = ()):
+    """What a `@triton.jit` kernel compiles to, by kind: "ptx", "cubin" and others; `.metadata` beside it.
 
     `signature` gives the types of the arguments that are not constexprs, in Triton's words ("*bf16", "i64", "fp32").
     `aligned` names those whose values, or addresses, are multiples of 16, which the launcher finds out by itself.
     Not in a process with TRITON_INTERPRET=1: there a kernel has no machine code.
     """
+    return compiled(kernel, signature, constexprs, capability, num_warps, num_stages, aligned).asm
+
+
+def resources(kernel, signature: dict, constexprs: dict, capability: int, num_warps: int = 4, num_stages: int = 3,
+              aligned: tuple[str, ...] = ()) -> tuple[int, int, int]:
+    """(registers a thread, shared bytes a block, spilled bytes a thread) of a kernel; arguments as for `code`."""
+    import triton
+    found = compiled(kernel, signature, constexprs, capability, num_warps, num_stages, aligned)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    # Registers spill to the stack; a kernel written in Triton has nothing else there.
+    return used["REG"], found.metadata.shared, used["STACK"] + used["LOCAL"]
+
+
+def compiled(kernel, signature: dict, constexprs: dict, capability: int, num_warps: int, num_stages: int,
+             aligned: tuple[str, ...]):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -25,13 +45,5 @@ def resources(kernel, signature: dict, constexprs: dict, capability: int, num_wa
         raise ValueError(f"{kernel.__name__} takes {names}, not {[*signature, *constexprs]}")
     types = {name: signature.get(name, "constexpr") for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    compiled = triton.compile(ASTSource(kernel, types, constexprs, attrs), target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": num_warps, "num_stages": num_stages})
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    # Registers spill to the stack; a kernel written in Triton has nothing else there.
-    return used["REG"], compiled.metadata.shared, used["STACK"] + used["LOCAL"]
+    return triton.compile(ASTSource(kernel, types, constexprs, attrs), target=GPUTarget("cuda", capability, 32),
+                          options={"num_warps": num_warps, "num_stages": num_stages})

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from optim import backend
+from optim.driver import Optimizer
 from optim.groups import Group
 from optim.muon import Muon
 from optim.orthogonalise import COEFFICIENTS, iterate
+from optim.schedules import Schedule
 from tests.conftest import ROOT
 from tests.interpreted import interpreter
 
@@ -271,6 +274,29 @@ def test_compiled_updates_take_the_kernels_as_they_are(interpreted):
     X = draw(2, 20, 12)
     assert torch.equal(compiled, eager)
     assert error(eager, iterate(X / torch.linalg.matrix_norm(X, keepdim=True), "you5", None, "standard")) < 1e-5
+
+
+def driven(kernels):
+    """Weights after three steps of a driver, one parameter without gradient in the last, and what it announces."""
+    params = {f"{name}.{i}": nn.Parameter(draw(*shape, seed=10 * i + shape[1]))
+              for name, shape in (("q", (16, 16)), ("mlp_in", (40, 16)), ("k", (16, 24))) for i in range(2)}
+    rules = {"q": {}, "mlp_in": {"ns_form": "gram"}, "k": {}}
+    groups = tuple(Group(name=role, params=(role,), rule="muon", cautious=role == "k",
+                         hyper=Muon(weight_decay=0.1, ns_dtype="float32", **switches)) for role, switches in rules.items())
+    optimizer = Optimizer(params, {name: name[:-2] for name in params}, groups, grad_clip=1.0, kernels=kernels)
+    for step in range(3):
+        for i, (name, p) in enumerate(params.items()):
+            p.grad = None if step == 2 and name == "q.0" else draw(*p.shape, seed=100 * step + i)
+        optimizer.set_hyperparameters(step, Schedule(), 3)
+        optimizer.step(step, torch.zeros(()))
+    return {name: p.detach().clone() for name, p in params.items()}, optimizer.orthogonalisation
+
+
+def test_a_driven_step_with_the_kernels_is_the_step_without(interpreted):
+    (by_kernels, announced), (plain, plainly) = interpreted(driven, "triton"), driven("torch")
+    assert (announced, plainly) == ("Triton in float32", "plain torch in float32")
+    for name in plain:
+        assert error(by_kernels[name], plain[name]) < 1e-5, name
 
 
 # ---------------------------------------------------------------- the choice
