@@ -61,7 +61,7 @@ def tokens_needed(steps: int, batch_tokens: int) -> int:
 def steps_in(order: Order, counts: np.ndarray, batch_tokens: int, seq_len: int) -> int:
     """The number of steps that shards of `counts` tokens last for in `order`, before they begin again.
 
-    In order "documents" that depends on the documents, and this is a guess: at least half of the tokens are read.
+    In order "documents" that depends on the documents; without them this is a guess, half of the tokens.
     """
     if order == "documents":
         return (int(counts.sum()) - 1) // 2 // batch_tokens
@@ -94,8 +94,8 @@ class _Rows:
         starts = index(self.tokens.paths, end_of_text)
         if not any(found.size for found in starts):
             raise ShardError(f"{key}: no document begins in {self.tokens.paths[0]} or any other of its shards (no "
-                             f"token is {end_of_text}); correct data.tokenizer, or use data.documents: ignore and another "
-                             "order")
+                             f"token is {end_of_text}); correct data.tokenizer, or use data.documents: ignore and "
+                             "another order")
         return starts
 
     def _separate(self, end_of_text: int, starts: list[np.ndarray], rows: np.ndarray | None) -> None:
