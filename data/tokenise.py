@@ -49,9 +49,9 @@ class Corpus:
     """The shards of a directory while they are being made: both splits, what was seen, and the counts."""
 
     def __init__(self, out: Path, name: str, shard_tokens: int, held_out: float, state: dict):
-        prefix = f"{name}_" if name else ""
         self.position, self.counts = state.get("position", {}), dict(state.get("counts", NOTHING))
-        self.writers = {split: ShardWriter(out, prefix + split, shard_tokens, state.get(split)) for split in SPLITS}
+        self.writers = {split: ShardWriter(out, prefix(name) + split, shard_tokens, state.get(split))
+                        for split in SPLITS}
         self.seen = Seen(out / SEEN, state.get("seen", 0))
         self.smallest = Smallest(out / CANDIDATES, int(held_out), state.get("candidates", 0)) if held_out >= 1 else None
         self.threshold = 0 if self.smallest else int(held_out * 2**64)     # of 2^64 keys, so many are held out
@@ -164,19 +164,29 @@ def fill(corpus: Corpus, results: Iterable[tuple[Encoded, dict]], save: Callable
 def begin(out: Path, name: str, arguments: dict) -> dict:
     """The state to go on from; empty where nothing was begun."""
     state = read_json(out / STATE)
-    if state is not None:
-        check_same(out, STATE, state.pop("arguments", {}), arguments)
+    if state is not None and state["position"]:
+        check_same(out, STATE, state["arguments"], arguments)
         return state
-    prefix = f"{name}_" if name else ""
-    for split in SPLITS:
-        for path in find_files(out, prefix + split):
+    for path in shards_of(out, name if state is None else state["arguments"]["name"]):
+        if state is None:
             raise CorpusError(f"{path} is of another corpus, but would be read with this one; remove it or choose "
                               "another --out")
+        path.unlink()                                        # of a command that did not get to its first checkpoint
     return {}
+
+
+def shards_of(out: Path, name: str) -> list[Path]:
+    return [path for split in SPLITS for path in find_files(out, prefix(name) + split)]
+
+
+def prefix(name: str) -> str:
+    return f"{name}_" if name else ""
 
 
 def check_same(out: Path, file: str, begun: dict, arguments: dict) -> None:
     for key, value in arguments.items():
+        if key == "errors" and begun.get(key) == "strict":   # what was read is the same in every way
+            continue
         if begun.get(key) != value:
             what = "other sources, or they changed" if key == "sources_sha256" else (
                 f"{key} {begun.get(key)!r}, not {value!r}")
