@@ -159,9 +159,12 @@ def form_on(device: torch.device, form: str, varlen: bool = False) -> str:
     return "matmul" if device.type == "cpu" else "varlen" if varlen else "sdpa"
 
 
-@torch.compiler.assume_constant_result
 def flash_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Whether torch's variable-length FlashAttention does: a GPU from Ampere on, half precision, heads up to 256."""
     half = dtype in (torch.bfloat16, torch.float16)
     return (device.type == "cuda" and half and head_width % 8 == 0 and head_width <= 256
             and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+# To torch.compile a constant. What torch.compiler.assume_constant_result does, which loads the compiler: a second.
+flash_takes._dynamo_marked_constant = True

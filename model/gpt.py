@@ -65,6 +65,13 @@ class GPT(nn.Module):
         """
         return head_loss(self.trunk(tokens, documents, longest), *self.head_weights(), targets, self.config)
 
+    def losses(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None,
+               longest: int | None = None) -> Tensor:
+        """What `forward` sums, token by token: (b, t) float32, with all logits in memory."""
+        logits = head_logits(self.trunk(tokens, documents, longest), *self.head_weights(), self.config.softcap)
+        logits = logits if self.config.loss_over_padding else logits[..., :self.config.vocab_size]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
     def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """The logits (b, t, vocab_size), float32, after the softcap, without the padding."""
         return self.read_out(self.trunk(tokens, documents))

@@ -239,6 +239,11 @@ def test_compiled_by_inductor_equals_eager():
     assert_compiled_equals_eager("inductor", [True], **FORMS["track3"] | {"window": 6, "layers": 1})
 
 
+def test_what_the_device_can_do_is_a_constant_to_the_compiler():
+    marks = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert marks and marks.items() <= vars(flash_takes).items()
+
+
 # --- on a GPU
 
 @pytest.mark.gpu
