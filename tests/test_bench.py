@@ -109,12 +109,27 @@ def test_one_row_that_does_not_fit_is_refused(tiny):
 
 def test_gradients_from_before_an_out_of_memory_are_forgotten(tiny):
     step = TrainingStep(load(str(tiny), ["micro_batch_tokens=96"]).config, CPU)      # 3 + 3 + 2 rows
-    forward, calls = step.forward, []
-    step.forward = lambda *micro: calls.append(1) or (forward(*micro) if len(calls) < 2 else fail())
 
-    def fail():
+    def fail(*_):
         raise torch.OutOfMemoryError
+    step.forward = first_then(step.forward, 1, fail)
     assert not step.fits() and all(p.grad is None for p in step.model.parameters())
+
+
+def test_gradients_taken_by_a_step_without_memory_are_forgotten(tiny, monkeypatch):
+    step = TrainingStep(load(str(tiny)).config, CPU)
+
+    def fail(*_):
+        assert len(step.optimizer.sent) > 1
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(step.optimizer, "_send_gradients", first_then(step.optimizer._send_gradients, 2, fail))
+    assert not step.fits() and not step.optimizer.sent
+
+
+def first_then(work, times: int, other):
+    """`work` for so many calls, then `other`."""
+    calls = []
+    return lambda *given: calls.append(1) or (work if len(calls) <= times else other)(*given)
 
 
 # ---------------------------------------------------------------- where the time goes
@@ -325,3 +340,20 @@ def test_what_is_no_refusal_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setattr("scripts.bench.step.main", lambda arguments: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
         bench.main(["step"])
+
+
+# ---------------------------------------------------------------- what only a GPU can show
+
+@pytest.mark.gpu
+def test_the_breakdown_of_a_step_on_a_gpu_adds_up(tiny, capsys):
+    code, lines, _ = run(capsys, "step", "--config", tiny, "--breakdown", "--steps", "3", "batch_tokens=2048",
+                         "precision=bfloat16")
+    assert code == 0 and any("GPU waits for the host" in line for line in lines)
+    assert_adds_up(lines)
+
+
+@pytest.mark.gpu
+def test_the_largest_micro_batch_leaves_the_rest_of_the_memory_alone(tiny, capsys):
+    code, lines, _ = run(capsys, "step", "--config", tiny, "--largest-micro-batch", "--memory-gib", "0.1",
+                         "batch_tokens=1048576", "compile=false", "--rounds", "1")
+    assert code == 0 and numbers(lines[3])[0] <= 0.1 and 0 < numbers(lines[2])[0] < 1048576

@@ -5,6 +5,7 @@ time between two marks belongs to the part that the first one opens. So the part
 another, and leave nothing out. Where the run compiles, attention, MLP, norms and head are graphs of their own in this
 marked step, for a mark cannot lie within a graph; what one graph for all of it is worth stands below the table.
 """
+import gc
 import time
 from collections.abc import Callable, Iterable
 
@@ -189,6 +190,7 @@ def breakdown(cfg: Config, device: torch.device, times: int) -> list[str]:
     flops, dtype, tokens = step.model.flops_per_token() * cfg.batch_tokens, step.dtype, step.tokens
     micro_rows, compiled = step.micro_rows, step.compiled
     del step                                                          # one at a time: memory
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     timeline, marked = Timeline(device), TrainingStep(cfg, device)
@@ -199,7 +201,7 @@ def breakdown(cfg: Config, device: torch.device, times: int) -> list[str]:
     marked_s = train(marked, times, timeline)
     parts = {part: total / times for part, total in timeline.totals().items()}
 
-    lines = [header(device, f"mean of {times} steps of {cfg.batch_tokens:,} tokens"),
+    lines = [header(device, f"mean over {times} x {cfg.batch_tokens:,} tokens"),
              f"{cfg.name}: micro-batches of {micro_rows * cfg.seq_len:,} tokens, {str(dtype).removeprefix('torch.')}, "
              f"{'compiled' if compiled else 'eager'}; tokens: {tokens}", *table(parts, marked_s)]
     if marked.micro_rows != micro_rows:

@@ -94,6 +94,7 @@ class TrainingStep:
         except torch.OutOfMemoryError:
             pass                                                      # out of here the traceback holds no tensors
         self.model.zero_grad(set_to_none=True)
+        self.optimizer.sent.clear()                                   # gradients taken by a step that did not end
         torch.cuda.empty_cache()
         return False
 
@@ -108,7 +109,7 @@ class TrainingStep:
 def make_optimizer(cfg: Config, model: GPT, compiled: bool | str) -> Optimizer:
     params, roles = dict(model.named_parameters()), model.roles()
     return Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled is True,
-                     cfg.model.heads, cfg.model.tied, model.qk_parameters())
+                     cfg.model.heads, cfg.model.tied, model.qk_parameters(), cfg.kernels)
 
 
 def training_tokens(cfg: Config):
