@@ -63,21 +63,10 @@ def locked(folder: Path):
         yield
 
 
-def download(corpus: Corpus, folder: Path, names: list[str], threads: int, retries: int) -> None:
-    """Make `folder` hold the files `names` of `corpus`, whole.
-
-    Raises:
-        ShardError: one line for each file where that fails.
-        hub.Unreachable: no network; the message says how to do it by hand.
-    """
-    record = manifest.read(folder)
-    files = record["files"]
-    if record["repo"] not in (None, corpus.repo):
-        raise ShardError(f"{folder} holds shards of {record['repo']}, not of {corpus.repo}: choose another --out")
-    record["repo"] = corpus.repo
-
-    # 1. What is there: whole, or whole but never compared with the hub, or to be fetched.
-    wanted, uncompared = set(), {}
+def survey(corpus: Corpus, folder: Path, names: list[str], files: dict, threads: int,
+           retries: int) -> tuple[dict[str, hub.Remote], list[ShardError]]:
+    """What is to be fetched, by name, and what cannot be; whole shards that are new here are entered in `files`."""
+    wanted, uncompared = set(), {}               # not here or damaged; whole, but never compared with the hub's
     for name, found in in_threads(lambda name: manifest.inspect(folder / name, files.get(name)), names, threads):
         if isinstance(found, ShardError):
             wanted.add(name)
@@ -86,7 +75,6 @@ def download(corpus: Corpus, folder: Path, names: list[str], threads: int, retri
         elif files.get(name, {}).get("revision") is None:
             uncompared[name] = found
 
-    # 2. What the hub has.
     remotes, failures = {}, []
     try:
         for name, remote in in_threads(lambda name: hub.look_up(corpus.repo, name, retries), [*wanted, *uncompared],
@@ -107,10 +95,25 @@ def download(corpus: Corpus, folder: Path, names: list[str], threads: int, retri
         if remotes[name].sha256 not in (None, files[name]["sha256"]):
             failures.append(ShardError(f"{remotes.pop(name).url}: the hub has another file now than {manifest.NAME} "
                                        f"says came first; to take it, remove {folder} and download all again"))
+    return {name: remotes[name] for name in sorted(wanted & remotes.keys())}, failures
 
-    # 3. What is missing.
-    parts = {name: folder / f"{name}.part" for name in sorted(wanted & remotes.keys())}
-    total_bytes = sum(remotes[name].size or 0 for name in parts)
+
+def download(corpus: Corpus, folder: Path, names: list[str], threads: int, retries: int) -> None:
+    """Make `folder` hold the files `names` of `corpus`, whole.
+
+    Raises:
+        ShardError: one line for each file where that fails.
+        hub.Unreachable: no network; the message says how to do it by hand.
+    """
+    record = manifest.read(folder)
+    files = record["files"]
+    if record["repo"] not in (None, corpus.repo):
+        raise ShardError(f"{folder} holds shards of {record['repo']}, not of {corpus.repo}: choose another --out")
+    record["repo"] = corpus.repo
+    remotes, failures = survey(corpus, folder, names, files, threads, retries)
+
+    parts = {name: folder / f"{name}.part" for name in remotes}
+    total_bytes = sum(remote.size or 0 for remote in remotes.values())
     missing_bytes = total_bytes - sum(part.stat().st_size for part in parts.values() if part.exists())
     if missing_bytes > (free := shutil.disk_usage(folder).free):
         raise ShardError(f"{folder}: {missing_bytes / 1e9:.2f} GB are to come, but {free / 1e9:.2f} GB are free")
@@ -122,16 +125,16 @@ def download(corpus: Corpus, folder: Path, names: list[str], threads: int, retri
         return hub.fetch(remotes[name], folder / name, first_sha256, retries, meter.advance)
 
     try:
-        for name, found in in_threads(fetch, parts, threads):
+        for name, found in in_threads(fetch, list(parts), threads):
             if isinstance(found, ShardError):
                 failures.append(found)
                 continue
             files[name] = found
             manifest.write(folder, record)
-            wanted.remove(name)
+            del parts[name]
             meter.finished(f"{folder / name}  {found['tokens']:,} tokens")
     except hub.Unreachable as error:
-        raise hub.Unreachable(by_hand(corpus, folder, wanted, error)) from None
+        raise hub.Unreachable(by_hand(corpus, folder, set(parts), error)) from None
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -267,6 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.check:
             print(f"{folder}: {check(folder, names)} shards, all as {manifest.NAME} has them")
             return 0
+        hub.check_endpoint()
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             download(corpus, folder, names, args.threads, args.retries)

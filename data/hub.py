@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from data import manifest
 from data.shards import ShardError
@@ -31,6 +32,18 @@ class Remote:
     size: int | None        # bytes
     sha256: str | None      # where the hub publishes it, as it does for large files
     revision: str           # commit of the repository
+
+
+def check_endpoint() -> None:
+    """ShardError where HF_ENDPOINT is no address: huggingface_hub would fail on it with a traceback."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        parts = urlsplit(endpoint)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ShardError(f"HF_ENDPOINT={endpoint!r} is no address like https://huggingface.co; correct it or unset it")
 
 
 def page(repo: str, name: str, revision: str | None = None) -> str:
@@ -78,6 +91,8 @@ def patiently(request: Callable, url: str, retries: int, connect_retries: int):
             failures = 0 if getattr(error, "headway", False) else failures
             if unconnected and failures >= allowed:
                 raise Unreachable(reason) from None
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:      # such as redirects in a circle
+            raise ShardError(f"{url}: {error}; correct HF_ENDPOINT or the proxy") from None
         if failures >= allowed:
             raise ShardError(f"{url}: {reason}, {failures + 1} times in a row; the same command goes on from here")
         if STOP.wait(min(2 ** failures, 30)):

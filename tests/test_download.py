@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from data import corpora, manifest
+from data import corpora, download, manifest
 from data.shards import ShardError, read_header, write_shard
 from tests.conftest import ROOT, TINY
 
@@ -49,6 +49,8 @@ class Hub(BaseHTTPRequestHandler):
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         if fault == "corrupt":
             body = body[:2000] + bytes(100) + body[2100:]
+        if fault == "short":
+            body = body[:len(body) // 2]
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(body) - start))
         self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}") if asked else None
@@ -180,7 +182,7 @@ def test_only_the_missing_and_the_damaged_are_fetched_again(hub, tmp_path):
 
 
 def test_a_bad_line_a_bad_server_and_a_bad_proxy_are_survived(hub, tmp_path):
-    hub.faults = {VAL: ["cut", "reset"], ONE: ["stall"], TWO: ["500", "corrupt"], THREE: ["cut", "ignore range"]}
+    hub.faults = {VAL: ["cut", "reset"], ONE: ["stall"], TWO: ["500", "corrupt"], THREE: ["short", "ignore range"]}
     run(hub, "fineweb10B", "--shards", 3, "--retries", 1, cwd=tmp_path)
     folder_is(tmp_path / "data/fineweb10B", hub, [VAL, ONE, TWO, THREE])
     half = len(hub.files[VAL]) // 2
@@ -221,7 +223,8 @@ def test_a_corpus_that_changed_on_the_hub_is_not_mixed_with_the_old_one(hub, tmp
     hub.files[ONE] = hub.files[TWO]
     assert "another file now" in refused(hub, "fineweb10B", "--shards", 1, cwd=tmp_path)
     folder_is(tmp_path / "data/fineweb10B", hub, [VAL])
-    assert "choose another --out" in refused(hub, "fineweb100B", "--shards", 1, "--out", "data/fineweb10B", cwd=tmp_path)
+    assert "choose another --out" in refused(hub, "fineweb100B", "--shards", 1, "--out", "data/fineweb10B",
+                                             cwd=tmp_path)
 
 
 def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(hub, tmp_path):
@@ -241,6 +244,14 @@ def test_without_a_network_the_steps_by_hand_are_said(endpoint, env, reason, tmp
     assert [line.strip() for line in said.splitlines() if line.startswith("    ")] == [
         f"{endpoint}{REPO}main/{name}" for name in (ONE, VAL)]
     assert f"put the files into {tmp_path / 'data/fineweb10B'} " in said
+
+
+@pytest.mark.parametrize("endpoint", ["", "hub", "ftp://hub", "http://[", "http://hub:99999"])
+def test_an_endpoint_that_is_no_address_is_said_before_anything_else(endpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert download.main(["fineweb10B", "--shards", "0", "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: HF_ENDPOINT={endpoint!r} is no address")
+    assert not (tmp_path / "x").exists()
 
 
 def test_files_put_there_by_hand_are_taken_offline_and_compared_when_the_hub_is_back(hub, tmp_path):
@@ -309,9 +320,9 @@ def test_a_disk_with_too_little_room_is_said_before_anything_comes(hub, tmp_path
 
 # ---------------------------------------------------------------- how many
 
-@pytest.mark.parametrize("order, steps, shards", [("2025-01", 3000, 16), ("2025-01", 3250, 18), ("2025-01", 5100, 27),
-                                                  ("2024-10", 6200, 33), ("2025-01", 9536, 51), ("continuous", 3800, 20),
-                                                  ("continuous", 19560, 103)])
+@pytest.mark.parametrize("order, steps, shards", [
+    ("2025-01", 3000, 16), ("2025-01", 3250, 18), ("2025-01", 5100, 27), ("2024-10", 6200, 33), ("2025-01", 9536, 51),
+    ("continuous", 3800, 20), ("continuous", 19560, 103)])
 def test_the_shards_of_the_records_are_counted_with_dropped_tails(order, steps, shards):
     corpus = corpora.CORPORA["fineweb10B"]
     names = corpora.files_for(corpus, "x/fineweb_train_*.bin", order, False, steps, 524_288, 1024)
