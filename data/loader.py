@@ -108,6 +108,8 @@ class _Rows:
 
     def _stream(self, places: np.ndarray) -> list[np.ndarray]:
         """Rows that begin at these tokens of the stream, uint16 (seq_len + 1,) each."""
+        for place in places.tolist():                # of a cold page cache: all at once instead of one by one
+            self.tokens.expect(place, self.seq_len + 1)
         return [self.tokens.stream(place, self.seq_len + 1) for place in places.tolist()]
 
     def _batch(self, rows: list[np.ndarray]) -> Batch:

@@ -8,6 +8,7 @@ Llama-3 shards (magic 20240801, uint32 tokens) are not read here.
 """
 import glob
 import hashlib
+import mmap
 import os
 from pathlib import Path
 
@@ -124,6 +125,18 @@ class Tokens:
                              f"vocabulary has {self.vocab_size:,} ids; correct model.vocab_size, or use "
                              "shards of its tokenizer")
         return tokens
+
+    def expect(self, first: int, count: int) -> None:
+        """Let the system fetch `count` tokens of the stream from `first` on, without waiting for them."""
+        first %= self.total
+        shard = int(np.searchsorted(self.ends, first, side="right"))
+        if shard not in self.shards:
+            self.shards[shard] = open_shard(self.paths[shard])
+        start = HEADER_BYTES + TOKEN.itemsize * (first - int(self.ends[shard] - self.counts[shard]))
+        size = min(TOKEN.itemsize * count, HEADER_BYTES + TOKEN.itemsize * int(self.counts[shard]) - start)
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self.shards[shard].base.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
     def stream(self, first: int, count: int) -> np.ndarray:
         """`count` tokens of all shards in a row from `first` on, uint16; after the last comes the first."""
