@@ -68,11 +68,11 @@ class Corpus:
                     tokens = encoded.tokens[ends[i] - encoded.lengths[i]:ends[i]]
                     self.smallest.add(int(key[i]), int(encoded.text_bytes[i]), tokens)
                     split[i] = DROPPED
-        token_split = np.repeat(split, encoded.lengths)
         for number, name in enumerate(SPLITS):
             chosen = split == number
-            self._write(name, encoded.tokens[token_split == number], int(chosen.sum()),
-                        int(encoded.text_bytes[chosen].sum()))
+            if chosen.any():
+                tokens = encoded.tokens if chosen.all() else encoded.tokens[np.repeat(chosen, encoded.lengths)]
+                self._write(name, tokens, int(chosen.sum()), int(encoded.text_bytes[chosen].sum()))
         self.counts["duplicates"] += int((~fresh).sum())
         self.counts["empty"] += encoded.empty
         self.counts["skipped"] += encoded.skipped
