@@ -34,8 +34,7 @@ class Bank:
         self.plan, self.rank, self.world = plan, rank, world
         self.rule, self.group, self.cut, self.offsets = plan.group.hyper, plan.group, plan.cut, plan.offsets
         self.params = {name: params[name] for name in plan.names}
-        self.flat = plan.shape is None
-        self.even = len({end - start for start, end in zip(self.offsets, self.offsets[1:])}) == 1
+        self.flat, self.even = plan.shape is None, plan.even
         first = next(iter(self.params.values()))
         self.used = sum(p.numel() for p in self.params.values()) if self.flat else len(self.params)
         self.weights = torch.zeros(self.offsets[-1], *(plan.shape or ()), dtype=first.dtype, device=first.device)

@@ -27,6 +27,11 @@ class BankPlan(NamedTuple):
     first: int                                  # how many blocks of the group lie in banks before this one
 
     @property
+    def even(self) -> bool:
+        """Whether every rank owns as much, so that one operation reduces to all owners or gathers from them."""
+        return len({end - start for start, end in zip(self.offsets, self.offsets[1:])}) == 1
+
+    @property
     def owners(self) -> list[str]:
         """The owner of each parameter, in words: a rank, or all of them."""
         if self.shape is None:
