@@ -36,7 +36,7 @@ from harness.mirrors import open_sinks
 from harness.progress import Progress
 from model.gpt import GPT
 from optim.diagnostics import Probe
-from optim.driver import Optimizer
+from optim.driver import KernelError, Optimizer
 from optim.groups import GroupError
 
 
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------ 5. optimizer
     optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled is True,
-                          cfg.model.heads, cfg.model.tied, model.qk_parameters())
+                          cfg.model.heads, cfg.model.tied, model.qk_parameters(), cfg.kernels)
     peak = processes.peak_flops(processes.device_name(device))
     progress = Progress(cfg.steps, cfg.batch_tokens, model.flops_per_token() * cfg.batch_tokens,
                         peak and peak * procs.world, shown=procs.is_main)
@@ -394,7 +394,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, ShardError, GroupError, rundir.ResumeError) as error:
+    except (ConfigError, ShardError, GroupError, KernelError, rundir.ResumeError) as error:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(processes.EXIT_BAD_INPUT)

@@ -17,6 +17,7 @@ from data.loader import DataConfig
 from data.orders import ORDERS, RANKS
 from harness.emit import lines_of
 from model.config import ModelConfig
+from optim.backend import Kernels
 from optim.groups import REST, Group
 from optim.schedules import Schedule
 
@@ -28,9 +29,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 # Keys that do not change the mathematics: configurations that differ in these only describe the same run, and
-# `--resume auto` may continue one with the other. (The last three change rounding, no more.)
+# `--resume auto` may continue one with the other. (The last four change rounding, no more.)
 NOT_IDENTITY = frozenset({"name", "runs_dir", "log", "trials", "checkpoint_every", "keep_checkpoints",
-                          "diagnostics", "micro_batch_tokens", "compile", "deterministic"})
+                          "diagnostics", "micro_batch_tokens", "compile", "kernels", "deterministic"})
 
 
 @dataclass(frozen=True, config={"extra": "forbid"})
@@ -73,6 +74,7 @@ class Config:
     average: Decay | None = None                # decay a step of an average of the weights; null = no average
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of activations; auto = bfloat16 where fast
     compile: bool | None = None                 # torch.compile; null = on for a GPU, off for a CPU
+    kernels: Kernels = "auto"                   # of orthogonalisations; auto = Triton on a GPU, torch elsewhere
     trials: Count = 1                           # runs in a row, with seeds seed, seed+1, ...
     runs_dir: str = "runs"                      # where run directories are made
     log: tuple[Literal["wandb", "speedrun"], ...] = ()  # logs beside the run's own

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optim import backend
+from optim.backend import KernelError  # noqa: F401, for those who make an Optimizer
 from optim.bank import Bank
 from optim.bases import FAILURES
 from optim.blocks import rescale_heads

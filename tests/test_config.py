@@ -227,7 +227,7 @@ def test_identity_is_that_of_the_mathematics(demo):
     same = config_identity(demo().config)
     described = ["name=other", "runs_dir=elsewhere", "log=[wandb]", "trials=3", "checkpoint_every=5",
                  "keep_checkpoints=9", "compile=true", "micro_batch_tokens=64", "deterministic=true",
-                 "diagnostics=[updates]"]
+                 "diagnostics=[updates]", "kernels=torch"]
     assert {word.split("=")[0] for word in described} == NOT_IDENTITY
     assert config_identity(demo(*described).config) == same
     for word in ("seed=1", "steps=101", "optim.other.eps=1e-9", "model.layers=3", "optim.hidden.rule=splus",
