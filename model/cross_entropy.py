@@ -8,8 +8,8 @@ row count, the rest is padding outside the softmax. With y = cap(z) in float32 (
 The kernel reads a row twice: once for the maximum and the sum of the softmax, kept together in one pass (Milakov &
 Gimelshein, arXiv:1805.02867), once to replace z by dz. So the backward pass has nothing to do but its two products, dx
 = dz W and dW = dzᵀ x, and what the head keeps is one tensor of the logits' size in the activations' type: for 64 x 1024
-tokens of 50,304 logits 6.59 GB in bfloat16, where each float32 copy of the logits has 13.19 GB. Torch's form keeps one of
-those for the softmax, one more for a tanh or sigmoid cap, and makes float32 gradients of both in the backward pass.
+tokens of 50,304 logits 6.59 GB in bfloat16, where every float32 copy of them has 13.19 GB. Uncompiled, torch's form
+keeps one such copy for the softmax and one for the cap (isru: three), and makes more on its way back.
 
 The file imports Triton, so it is imported only where it is used.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.config import ModelConfig, Softcap
-from model.head import cap
+from model.head import LossError, cap
 
 # Columns a step and warps a row, by compute capability; no autotuning. Chosen by arithmetic and by the compiler's
 # report: 8 bfloat16 of a thread are one load of 16 bytes, and with their maxima and sums stay in 64 registers, so that
@@ -129,10 +129,10 @@ def losses_of(z: Tensor, targets: Tensor, columns: int, form: str, c: float, sca
     """Losses (n,), float32, of the logits z (n, v) against targets (n,), int64; with `write` z becomes dz.
 
     Raises:
-        ValueError: if the logits are on a CPU, unless Triton interprets its kernels there (TRITON_INTERPRET=1).
+        LossError: the logits are on a CPU, and Triton does not interpret its kernels there (TRITON_INTERPRET=1).
     """
     if z.device.type != "cuda" and isinstance(row_kernel, triton.runtime.JITFunction):
-        raise ValueError(f"loss: triton needs a GPU, and the logits are on the {z.device}; set model.loss=torch")
+        raise LossError(f"loss: triton needs a GPU, and the logits are on the {z.device}; set model.loss=torch")
     if z.stride(1) != 1:
         raise ValueError(f"the logits of one token must lie side by side, not {z.stride(1)} apart")
     block, warps = configuration_of(z.device)

@@ -3,11 +3,37 @@
 Letters of the shapes: b batch, t time, c width, v rows of the vocabulary with padding.
 """
 
+import importlib.util
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig, Softcap
+
+
+class LossError(ValueError):
+    """A form of the loss was asked for that this machine cannot run; the message is one line with the remedy."""
+
+
+def check_loss(config: ModelConfig, device: torch.device) -> None:
+    """Refuse `loss: triton` where it cannot run, before anything starts.
+
+    Raises:
+        LossError: Triton is missing, or the device is not a GPU that has bfloat16.
+    """
+    if config.loss == "torch":
+        return
+    missing = ""
+    if importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        missing = f"the kernel needs a GPU, and this is a {device.type}"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        missing = "the GPU's compute capability is below 8.0"
+    if missing:
+        raise LossError(f"model.loss: triton cannot be had here: {missing}; set model.loss=torch")
 
 
 def head_loss(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, config: ModelConfig) -> Tensor:

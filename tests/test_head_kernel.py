@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model.config import ModelConfig, Softcap
 from model.gpt import GPT
-from model.head import cap, head_loss
+from model.head import LossError, cap, check_loss, head_loss
 from tests.aot import CAPABILITIES, SHARED_BYTES, resources
 
 SOFTCAPS = {"none": None, "tanh": Softcap("tanh", 15.0), "sigmoid": Softcap("sigmoid", 23.0, 7.5, 5.0),
@@ -199,8 +199,30 @@ def test_two_bytes_a_logit_are_kept_where_torch_keeps_eight(interpreted):
 def test_a_cpu_is_refused_in_one_line():
     model = GPT(ModelConfig(**SMALL | {"loss": "triton"}), 16)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="^loss: triton needs a GPU, and the logits are on the cpu; set model.loss="):
+    with pytest.raises(LossError, match="^loss: triton needs a GPU, and the logits are on the cpu; set model.loss="):
         model(tokens, tokens)
+    check_loss(ModelConfig(**SMALL), torch.device("cpu"))
+    with pytest.raises(LossError, match="^model.loss: triton cannot be had here: .* this is a cpu; set model.loss=torch$"):
+        check_loss(model.config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("capability, refused", [((7, 5), "is below 8.0"), ((8, 0), None), ((12, 0), None)])
+def test_a_gpu_without_bfloat16_or_a_missing_triton_is_refused(monkeypatch, capability, refused):
+    config, gpu = ModelConfig(**SMALL | {"loss": "triton"}), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(LossError, match=refused) if refused else contextlib.nullcontext():
+        check_loss(config, gpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LossError, match="Triton is not installed; set model.loss=torch"):
+        check_loss(config, gpu)
+
+
+def test_a_device_takes_the_row_of_the_newest_architecture_that_it_reaches(monkeypatch):
+    from model.cross_entropy import CONFIGURATIONS, INTERPRETED, configuration_of
+    for capability, row in {(8, 9): 80, (9, 0): 90, (10, 3): 100, (11, 0): 100, (12, 1): 120}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert configuration_of(torch.device("cuda")) == CONFIGURATIONS[row]
+    assert configuration_of(torch.device("cpu")) == INTERPRETED
 
 
 # ------------------------------------------------------------ compiled ahead of time
@@ -224,3 +246,39 @@ def test_every_configuration_compiles_within_the_architectures_means(capability)
                                                aligned=pointers + aligned)
         assert spilled == 0 and shared <= SHARED_BYTES[capability], (dtype, softcap, write, aligned)
         assert registers * 32 * warps <= 65536 // 2                         # two rows at a time on a multiprocessor
+
+
+# ------------------------------------------------------------ on a GPU
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", BOTH)
+def test_a_gpu_is_no_further_from_float64_than_torch_is_there(form, dtype):
+    for columns in (50304, 50257):
+        assert no_worse(*errors(*some_logits(64, columns, dtype, "cuda"), columns, BOTH[form]), dtype), columns
+
+
+@pytest.mark.gpu
+def test_a_gpu_reaches_rows_beyond_two_to_the_31_numbers():
+    z = torch.zeros(43_000, 50_304, dtype=torch.bfloat16, device="cuda")
+    values, targets = some_logits(43_000, 3, torch.bfloat16, "cuda")
+    targets[:] = 1
+    z[:, :3] = values
+    losses, dz = by_kernel(z, targets, 50_304, None, clone=False)
+    for rows in (slice(8), slice(-8, None)):
+        again = F.pad(values[rows], (0, 50_301))
+        torch.testing.assert_close((losses[rows], dz[rows]), by_torch(again, targets[rows], 50_304, None))
+
+
+@pytest.mark.gpu
+def test_a_compiled_model_on_a_gpu_trains_the_same_with_it():
+    expected, got = (loss_and_gradients(SMALL | {"loss": loss}, "inductor", torch.bfloat16, "cuda")
+                     for loss in ("torch", "triton"))
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.gpu
+def test_less_memory_is_used_than_compiled_torch_uses():
+    from scripts.bench.head import Head
+    peaks = {form: Head(form, 4096, torch.device("cuda")).peak_bytes() for form in ("compiled", "triton")}
+    assert peaks["triton"] < 0.75 * peaks["compiled"], peaks
