@@ -68,4 +68,4 @@ def bench_rows(device, tokens: int | None = None, rounds: int = 10) -> list[str]
         seconds(lambda: losses_of(z, head.targets[0], VOCABULARY, *in_numbers(head.config.softcap), True), 1, device)
         for _ in range(rounds + 1))
     rate = 4 * z.numel() / kernel_s         # bytes read once and written once; the second reading may come from a cache
-    return [*lines, f"{'the kernel alone':<18}{1e3 * kernel_s:10.3f}    {rate / 1e12:.2f} TB/s, reading and writing once"]
+    return [*lines, f"{'the kernel alone':<18}{1e3 * kernel_s:10.3f}    {rate / 1e12:.2f} TB/s, read and written once"]
