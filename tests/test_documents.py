@@ -172,6 +172,15 @@ def test_processes_that_index_the_same_shards_at_once_agree_and_leave_nothing_ha
     assert len(list(tmp_path.glob(".*.documents"))) == 5 and not list(tmp_path.glob(".*.tmp"))
 
 
+def test_an_index_that_cannot_be_finished_leaves_nothing(shards, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert starts_in(shards[0], EOT).tolist() == scan(open_shard(shards[0]), EOT).tolist()
+    assert not list(tmp_path.rglob("*.documents*"))
+
+
 def test_a_shard_that_changes_while_it_is_indexed_is_an_error(shards, monkeypatch):
     monkeypatch.setattr(documents, "scan", lambda tokens, end: os.utime(shards[0]) or scan(tokens, end))
     with pytest.raises(ShardError, match=r"t_0\.bin changed while its documents were indexed"):
@@ -345,6 +354,25 @@ def test_separate_documents_change_the_loss_and_the_micro_batch_does_not(text):
     assert found["apart"] == pytest.approx(found["rows"], rel=2e-5)
     assert all(map(math.isfinite, found["apart"].values()))
     assert abs(found["apart"]["val", 12] - found["mixed"]["val", 12]) > 1e-3
+
+
+@pytest.mark.parametrize("keys", [KEYS, PACKED])
+def test_every_pass_of_a_run_has_boundaries_in_a_shape_that_the_warm_up_has_met(text, monkeypatch, keys):
+    import train
+    from model.gpt import GPT
+    activity, passes, enter, forward = ["setup"], [], train.Clock.enter, GPT.forward
+
+    def spy(self, *tensors, **options):
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        passes.append((activity[-1], torch.is_grad_enabled(), shapes, *options.items()))
+        return forward(self, *tensors, **options)
+
+    monkeypatch.setattr(train.Clock, "enter", lambda self, name: (activity.append(name), enter(self, name)))
+    monkeypatch.setattr(GPT, "forward", spy)
+    train_here("--config", text, "micro_batch_tokens=96", *keys)
+    met = {tuple(rest) for where, *rest in passes if where == "warm-up"}
+    seen = {tuple(rest) for where, *rest in passes if where != "warm-up"}
+    assert seen and seen <= met and all(len(shapes) == 3 for _, shapes, *_ in met)
 
 
 @pytest.mark.parametrize("keys, words", [
