@@ -415,3 +415,20 @@ def test_looking_for_a_culprit_row_by_row_keeps_the_documents(text, monkeypatch)
     name_culprit(alone, model, [arrays])
     assert len(seen) == 8 and sum(loss.item() for loss in seen) == pytest.approx(whole, rel=1e-5)
     assert abs(sum(forward(model, *(x[row:row + 1] for x in arrays[:2])).item() for row in range(8)) - whole) > 1e-2
+
+
+def test_the_bench_reads_every_order_cold_and_warm(text, tmp_path, capsys):
+    from scripts.bench.loader import drop, main, resident, warm
+    kept = index(sorted((tmp_path / "text").glob("train*")), EOT)
+    assert main(["--config", str(text), "--steps", "3", "--step-ms", "1", "--ranks", "3", *KEYS]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[-6:]] == [o for o in ORDERS[:3] for _ in range(2)]
+    assert f"index of {sum(map(len, kept)):,} documents" in out and "one of 3 ranks reads 64 in rows of 32" in out
+    path = tmp_path / "text" / "big.bin"
+    write_shard(path, np.zeros(2_000_000, np.uint16))
+    assert (warm([path]), resident([path])) in (("warm", 1), ("warm", None))
+    if resident([path]) is not None:
+        state = drop([path])
+        assert (state == "cold") == (resident([path]) == 0) or "still there" in state
+    with pytest.raises(ValueError, match="--shards makes GPT-2 tokens"):
+        main(["--config", str(text), "--shards", "1"])

@@ -68,7 +68,7 @@ def opening(cfg, paths: list[Path]) -> list[str]:
     from data.packing import Packing
     from data.shards import Tokens
     end_of_text, kept, times = documents.END_OF_TEXT[cfg.data.tokenizer], documents.places, []
-    with tempfile.TemporaryDirectory(dir=".") as folder:              # the shards' own indexes stay as they are
+    with tempfile.TemporaryDirectory() as folder:                     # the shards' own indexes stay as they are
         documents.places = lambda path, _: [Path(folder) / path.name]
         try:
             for _ in range(2):
