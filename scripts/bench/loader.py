@@ -2,7 +2,7 @@
 
     python -m scripts.bench loader                                        muon.yaml's shards
     python -m scripts.bench loader --config X key=value ...               another configuration, with overrides
-    python -m scripts.bench loader --shards 10                            made ones, of random documents, 10^8 tokens each
+    python -m scripts.bench loader --shards 10             ten shards made for it, of random documents, 10^8 tokens each
 
 One process reads what one of --ranks ranks reads of each batch, in the orders continuous, spread and documents: first
 with the shards' pages dropped from the page cache, then with them there. The share is of a step of --step-ms, by
