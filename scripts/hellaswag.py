@@ -45,42 +45,49 @@ def item_of(found) -> Item:
         raise ValueError("ctx is no text")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(x, str) and x for x in endings):
         raise ValueError("endings are not two texts or more")
-    if isinstance(label, bool) or str(label) not in map(str, range(len(endings))):
+    if str(label) not in map(str, range(len(endings))):
         raise ValueError(f"label {label!r} is none of the {len(endings)} endings")
     return Item(ctx, endings, int(label))
 
 
 def accuracies(model: GPT, encoding, items: list[Item], batch_tokens: int) -> dict:
     """{items, acc, acc_norm, cut}: the share that is right by the sum and by the mean; and of how many items a row
-    was longer than the model's and lost its beginning. The rows are read in order of length, batch_tokens at once."""
-    device, longest = model.embed.weight.device, model.seq_len + 1
+    was longer than the model's context and lost its beginning."""
     rows, cut = [], set()
     for number, item in enumerate(items):
         ctx = encoding.encode_ordinary(item.ctx)
         for ending in item.endings:
             scored = encoding.encode_ordinary(" " + ending)
-            row = (ctx + scored)[-longest:]
-            if len(row) < len(ctx) + len(scored):
+            if len(ctx) + len(scored) > model.seq_len + 1:
                 cut.add(number)
-            rows.append((row, min(len(scored), longest - 1)))
-    totals = torch.empty(len(rows), dtype=torch.float64)
-    means = torch.empty(len(rows), dtype=torch.float64)
-    for batch in batches([len(row) for row, _ in rows], batch_tokens):
-        width = max(len(rows[i][0]) for i in batch)
-        tokens = torch.tensor([rows[i][0] + [0] * (width - len(rows[i][0])) for i in batch], device=device)
-        with torch.no_grad():
-            losses = model.losses(tokens[:, :-1], tokens[:, 1:].contiguous()).double().cpu()
-        for i, row_losses in zip(batch, losses):
-            row, scored = rows[i]                           # the row's losses are of its tokens from the second on
-            ending = row_losses[len(row) - 1 - scored:len(row) - 1]
-            totals[i], means[i] = ending.sum(), ending.mean()
+            rows.append(((ctx + scored)[-(model.seq_len + 1):], min(len(scored), model.seq_len)))
+    sums, means = scores(model, rows, batch_tokens)
     right, right_norm, first = 0, 0, 0
     for item in items:
         own = slice(first, first + len(item.endings))
-        right += int(totals[own].argmin()) == item.label
+        right += int(sums[own].argmin()) == item.label
         right_norm += int(means[own].argmin()) == item.label
         first = own.stop
     return {"items": len(items), "acc": right / len(items), "acc_norm": right_norm / len(items), "cut": len(cut)}
+
+
+@torch.no_grad()
+def scores(model: GPT, rows: list[tuple[list[int], int]], batch_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum and the mean, float64 (rows,), of the losses of each row's last tokens; a row says of how many.
+
+    The rows are read in order of length, batch_tokens at once, filled up behind, where no token sees it.
+    """
+    sums, means = torch.empty(2, len(rows), dtype=torch.float64)
+    for batch in batches([len(row) for row, _ in rows], batch_tokens):
+        width = len(rows[batch[0]][0])
+        tokens = torch.tensor([rows[i][0] + [0] * (width - len(rows[i][0])) for i in batch],
+                              device=model.embed.weight.device)
+        losses = model.losses(tokens[:, :-1], tokens[:, 1:].contiguous()).double().cpu()
+        for i, row_losses in zip(batch, losses):
+            row, scored = rows[i]                           # the row's losses are of its tokens from the second on
+            ending = row_losses[len(row) - 1 - scored:len(row) - 1]
+            sums[i], means[i] = ending.sum(), ending.mean()
+    return sums, means
 
 
 def batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:

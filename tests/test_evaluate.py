@@ -13,11 +13,11 @@ from data.loader import ValLoader
 from data.shards import write_shard
 from data.tokenizers import byte_level
 from harness.rundir import read_log
-from scripts import evaluate
+from scripts import evaluate, hellaswag
 from scripts.hellaswag import Item, accuracies, batches, read_items
 from scripts.sample import load_run
 from tests.conftest import ROOT, TINY, train_here
-from tests.test_model import EVERYTHING, scrambled
+from tests.test_model import EVERYTHING, scrambled, some_tokens
 
 EOT, SEQ_LEN = 256, 32
 VAL_LENGTHS = [1, 2, 3, 5, 60, 4, 100, 33, 8, 9, 200, 7, 64, 500]
@@ -115,6 +115,13 @@ def test_documents_apart_do_not_see_each_other(runs):
     assert (np.abs(losses - joined) > 1e-4).sum() > 50 and targets.shape == losses.shape
 
 
+@pytest.mark.parametrize("over_padding", [True, False])
+def test_the_losses_of_tokens_sum_to_the_loss_that_is_trained_on(over_padding):
+    model, tokens = scrambled(EVERYTHING | {"loss_over_padding": over_padding}), some_tokens()
+    assert model.config.padded_vocab_size > 61
+    torch.testing.assert_close(model.losses(tokens, tokens).sum(), model(tokens, tokens))
+
+
 def test_few_rows_at_once_give_the_same_losses(runs, monkeypatch):
     config, model = load_run(runs["plain"])
     val = evaluate.open_val(config, None, 512, SEQ_LEN)
@@ -168,11 +175,17 @@ def plain_scores(model, item):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 150, 10**6])
-def test_hellaswag_scores_are_those_of_single_rows(batch_tokens):
-    for seq_len, cut in ((40, 2), (200, 0)):
+def test_hellaswag_scores_are_those_of_single_rows(batch_tokens, monkeypatch):
+    found = []
+    monkeypatch.setattr(hellaswag, "scores", lambda *args, s=hellaswag.scores: found.append(s(*args)) or found[-1])
+    longest = max(len(item.ctx) + 1 + len(ending) for item in ITEMS for ending in item.endings)
+    for seq_len, cut in ((40, 2), (longest - 2, 1), (longest - 1, 0)):
         model = scrambled(EVERYTHING | {"vocab_size": 257, "padded_vocab_size": 257}, seq_len)
-        scores = [plain_scores(model, item) for item in ITEMS]
-        answers = [[int(np.argmin(each)) for each in pair] for pair in scores]
+        expected = [plain_scores(model, item) for item in ITEMS]
+        accuracies(model, byte_level(), ITEMS, batch_tokens)
+        for own, plain in zip(found.pop(), zip(*expected)):
+            torch.testing.assert_close(own, torch.tensor(plain, dtype=torch.float64).flatten(), rtol=1e-5, atol=1e-5)
+        answers = [[int(np.argmin(each)) for each in pair] for pair in expected]
         assert any(by_sum != by_mean for by_sum, by_mean in answers)
         for chosen in (0, 1):                      # with the labels that one of the two scores gives, that one is right
             items = [item._replace(label=answer[chosen]) for item, answer in zip(ITEMS, answers)]
