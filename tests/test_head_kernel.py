@@ -83,6 +83,15 @@ def test_losses_and_gradients_are_no_further_from_float64_than_torchs(interprete
         assert kernel[0] < (2e-2 if dtype == torch.float16 and form in ROUNDED else 5e-6), (rows, columns)
 
 
+@pytest.mark.parametrize("form", ROUNDED)
+def test_a_cap_before_the_cast_rounds_as_torchs_does(interpreted, form):
+    z, targets = some_logits(40, 257, torch.float16)
+    losses, _ = interpreted(by_kernel, z, targets, 257, ROUNDED[form])
+    rounded, exact = (by_torch(z, targets, 257, caps[form.removesuffix(end)])[0]
+                      for caps, end in ((ROUNDED, ""), (SOFTCAPS, "_before_cast")))
+    assert (losses - rounded).abs().mean() < 0.1 * (losses - exact).abs().mean()
+
+
 def test_padding_has_no_share_and_a_gradient_of_zero(interpreted):
     z, targets = some_logits(3, 300, torch.float32)
     z[:, 257:] = 1e4
@@ -236,7 +245,8 @@ def test_every_configuration_compiles_within_the_architectures_means(capability)
     pointers, numbers = ("z_ptr", "target_ptr", "loss_ptr"), ("row_stride", "columns", "padded")
     cases = [*itertools.product(("bf16",), BOTH.values(), (True, False), (numbers,)),
              *itertools.product(("fp32",), SOFTCAPS.values(), (True, False), (numbers,)),
-             *itertools.product(("bf16", "fp32"), (None, SOFTCAPS["tanh"]), (True,), ((),))]     # 50,257 columns
+             *itertools.product(("bf16", "fp32"), (None, SOFTCAPS["tanh"]), (True,),
+                                ((), ("row_stride", "padded")))]        # 50,257 columns, alone and in rows of 50,304
     for dtype, softcap, write, aligned in cases:
         types = {"z_ptr": f"*{dtype}", "target_ptr": "*i64", "loss_ptr": "*fp32", **dict.fromkeys(numbers, "i32"),
                  **dict.fromkeys(("c", "scale", "shift"), "fp32")}
