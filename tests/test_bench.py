@@ -267,7 +267,17 @@ def test_the_optimizer_step_of_each_rule_is_a_share_of_a_training_step(tiny, cap
         assert share == pytest.approx(100 * ms / (ms + passes), abs=0.2)
 
 
-@pytest.mark.parametrize("rule, overrides, due", [("splus", ["inverse_every=4"], 1 / 4), ("muon", [], 0),
+def test_a_ratio_above_one_says_that_a_makes_more_tokens_a_second(tiny, capsys, monkeypatch):
+    def as_long_as_any_other(work, times, device):
+        work()
+        return 0.5
+    monkeypatch.setattr("scripts.bench.interleave.seconds", as_long_as_any_other)
+    code, lines, _ = run(capsys, "compare", tiny, "--against", tiny, "batch_tokens=128", "--rounds", "2")
+    assert code == 0 and lines[4].split("A over B")[1].split() == "2.000 x (95 % interval 2.000 to 2.000)".split()
+    assert lines[5].split() == "A faster than B by 100.00 %".split()
+
+
+@pytest.mark.parametrize("rule, overrides, due", [("splus", ["inverse_every=25"], 1 / 25), ("muon", [], 0),
                                                   ("soap", ["precondition_frequency=1"], 1)])
 def test_refreshes_are_counted_over_all_of_a_group_s_matrices(tiny, rule, overrides, due):
     cfg = load(str(ROOT / f"configs/demo/{rule}.yaml"), [f"optim.hidden.{word}" for word in overrides]).config
@@ -275,8 +285,9 @@ def test_refreshes_are_counted_over_all_of_a_group_s_matrices(tiny, rule, overri
     cfg = replace(tiny_cfg, optim=(replace(tiny_cfg.optim[0], rule=rule, hyper=cfg.optim[0].hyper), tiny_cfg.optim[1]))
     optimizer = make_optimizer(cfg, TrainingStep(tiny_cfg, CPU).model, False)
     banks = [bank for bank in optimizer.banks if not bank.flat]
-    total = sum(refreshes_due(bank, at, optimizer.count["hidden"]) for bank in banks for at in LONG_RUN)
-    assert optimizer.count["hidden"] == 12 and total == 12 * len(LONG_RUN) * due
+    counted = [sum(refreshes_due(bank, at, optimizer.count["hidden"]) for bank in banks) for at in LONG_RUN]
+    assert counted == [sum(cfg.optim[0].hyper.refresh_due(at, i, 12) for i in range(12)) for at in LONG_RUN]
+    assert len(banks) > 1 and sum(counted) == 12 * len(LONG_RUN) * due
 
 
 def test_every_output_names_what_produced_it(monkeypatch):
@@ -299,7 +310,8 @@ def test_help_lists_every_sub_command_and_loads_nothing(capsys):
     assert done.stdout.endswith("loaded:\n") and done.stdout.count("usage:") == 3, done.stdout + done.stderr
     _, lines, _ = run(capsys, "--help")
     listed = {line.split()[0] for line in lines[2:]}
-    assert listed == {"step", "optimizer", "compare", "kernels", "loader", "tokenise"}
+    programs = {path.stem for path in (ROOT / "scripts/bench").glob("*.py") if "\ndef main(" in path.read_text()}
+    assert listed | {"__main__"} == programs | {"__main__"} and {"step", "optimizer", "compare"} < listed
     assert all(len(line.split()) > 3 for line in lines[2:])
 
 
