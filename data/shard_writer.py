@@ -29,17 +29,11 @@ class ShardWriter:
         self._cut_back()
 
     def _cut_back(self) -> None:
-        """Make the files what they were at the checkpoint: whole shards before `number`, and a part of that one."""
-        path, part = self._path(), self._part()
-        if path.exists():                                    # finished after the checkpoint
-            path.replace(part)
-        for later in find_files(self.out, self.prefix):
-            if later.name not in self.files and later != part:
-                later.unlink()
-        if self.tokens == 0:
-            part.unlink(missing_ok=True)
-        else:
-            os.truncate(part, HEADER_BYTES + TOKEN.itemsize * self.tokens)
+        """Make the shard that was being written at the checkpoint what it was then. Later ones are written again."""
+        if self.tokens:
+            if self._path().exists():                        # finished after the checkpoint
+                self._path().replace(self._part())
+            os.truncate(self._part(), HEADER_BYTES + TOKEN.itemsize * self.tokens)
 
     def _path(self) -> Path:
         return self.out / f"{self.prefix}_{self.number:06d}.bin"
@@ -179,7 +173,6 @@ class Smallest:
         return int(header["text_bytes"]), np.frombuffer(self.file.read(TOKEN.itemsize * int(header["tokens"])), TOKEN)
 
     def checkpoint(self) -> int:
-        self.file.seek(0, os.SEEK_END)
         sync(self.file)
         return self.length
 

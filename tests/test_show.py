@@ -55,7 +55,8 @@ def test_a_whole_folder_is_right_and_its_documents_are_counted_over_shards(folde
     lengths = np.diff(np.flatnonzero(tokens == 256), append=tokens.size)
     row = next(line.split() for line in out.splitlines() if line.startswith("train: all"))
     assert row[2:] == [f"{tokens.size:,}", f"{lengths.size}", f"{lengths.mean():,.1f}", f"{lengths.max()}", "256"]
-    assert max(np.diff(np.flatnonzero(open_shard(path) == 256)).max() for path in folder.glob("train_*.bin")) < lengths.max()
+    within = [np.diff(np.flatnonzero(open_shard(path) == 256)).max() for path in folder.glob("train_*.bin")]
+    assert max(within) < lengths.max(), "the longest lies in two shards"
     assert out.count("as in meta.json") == len(list(folder.glob("*.bin")))
 
 
@@ -68,7 +69,7 @@ def other_token(path, where=-1, value=7):
 @pytest.mark.parametrize("harm, words", [
     (lambda o: other_token(o / "train_000001.bin"), ["train_000001.bin: SHA-256"]),
     (lambda o: other_token(o / "train_000001.bin", value=300), ["id 300 is beyond the 257 of bytes", "SHA-256"]),
-    (lambda o: (o / "train_000001.bin").unlink(), ["train_000001.bin: in meta.json but not in the folder", "documents in train"]),
+    (lambda o: (o / "train_000001.bin").unlink(), ["train_000001.bin: in meta.json but not in", "documents in train"]),
     (lambda o: (o / "train_000001.bin").write_bytes(b"short"), ["train_000001.bin: 5 bytes"]),
     (lambda o: shutil.copy(o / "train_000000.bin", o / "train_000099.bin"), ["train_000099.bin: not in meta.json"]),
     (lambda o: (o / "meta.json").write_text('{"files"'), ["meta.json: damaged"]),
@@ -79,7 +80,8 @@ def other_token(path, where=-1, value=7):
 def test_what_is_wrong_with_a_folder_is_said_a_line_each(folder, capsys, harm, words):
     harm(folder)
     code, out, error = look(capsys, folder)
-    assert all(word in error for word in words) and all(line.startswith("error: ") for line in error.splitlines()), error
+    assert all(word in error for word in words), error
+    assert all(line.startswith("error: ") for line in error.splitlines()), error
     assert code == 2, (out, error)
 
 
@@ -94,8 +96,9 @@ def test_shards_without_end_of_text_or_of_another_tokenizer_are_wrong(tmp_path, 
 def test_the_records_of_the_demo_and_of_downloads_are_understood(tmp_path, capsys):
     write_shard(tmp_path / "val_000000.bin", [256, 1, 2])
     path, tokens = tmp_path / "val_000000.bin", open_shard(tmp_path / "val_000000.bin")
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "val": {"documents": 1, "tokens": 3}, "files": {
-        "val_000000.bin": hashlib.sha256(tokens).hexdigest()}}))
+    (tmp_path / "meta.json").write_text(json.dumps({
+        "tokenizer": "bytes", "val": {"documents": 1, "tokens": 3},
+        "files": {"val_000000.bin": hashlib.sha256(tokens).hexdigest()}}))
     assert look(capsys, tmp_path)[0] == 0
     (tmp_path / "meta.json").unlink()
     (tmp_path / "manifest.json").write_text(json.dumps({"repo": "x", "files": {"val_000000.bin": {
