@@ -233,5 +233,5 @@ def table(parts: dict[Part, float], whole_s: float) -> list[str]:
         lines.append(row(name, *passes, sum(passes)))
     lines += [row(words, None, None, parts.get((name, ""), 0.0)) for name, words in OTHER_PARTS.items()]
     total = sum(parts.values())
-    return [*lines, row("sum", None, None, total), row("remainder", None, None, round(whole_s - total, 9) + 0.0),
+    return [*lines, row("sum", None, None, total), row("remainder", None, None, round(whole_s - total, 5) + 0.0),
             row("step with marks", None, None, whole_s)]
