@@ -199,7 +199,7 @@ def natural(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.show", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m data.show", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a shard, or a folder of shards")
     parser.add_argument("--from", type=natural, dest="first", metavar="TOKEN", help="where to begin in a shard (0)")

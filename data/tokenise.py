@@ -234,8 +234,8 @@ def cores() -> int:
 
 def held_out(text: str) -> float:
     value = float(text)
-    if value < 0 or value >= 1 and value != int(value):
-        raise ValueError
+    if not (0 <= value < 1 or value.is_integer() and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is neither a share below 1 nor a number of tokens")
     return value
 
 
@@ -251,7 +251,7 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.tokenise", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m data.tokenise", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", nargs="+", help="a file, a folder, a pattern in quotes, or hf:REPOSITORY[:CONFIG[:SPLIT]]")
