@@ -33,13 +33,17 @@ ONLY = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse
         "add_cross_attention": False, "tie_word_embeddings": True}
 
 # The keys in which a model of ours may differ from GPT-2 as published and still have this form.
-FREE = ("vocab_size", "padded_vocab_size", "loss_over_padding", "layers", "heads", "width", "head_dim",
-        "mlp_width", "norm_eps", "activation", "attention", "bf16_roles", "init")
+FREE = ("vocab_size", "padded_vocab_size", "loss_over_padding", "layers", "heads", "width", "mlp_width", "norm_eps",
+        "loss", "attention", "bf16_roles", "init")
 
 
-def to_hf(model: GPT, directory: str | Path) -> None:
-    """Write the weights in float32 for transformers' GPT2LMHeadModel; ValueError if it is not a GPT-2."""
+def to_hf(model: GPT, directory: str | Path, end_of_text: int | None = None) -> None:
+    """Write the weights in float32 for transformers' GPT2LMHeadModel; ValueError if it is not a GPT-2.
+
+    end_of_text: the id of <|endoftext|>; None: the last, as in GPT-2's own vocabulary.
+    """
     config = model.config
+    end_of_text = config.vocab_size - 1 if end_of_text is None else end_of_text
     refuse_unless_gpt2(config)
     ours = {name: p.detach().cpu().float() for name, p in model.named_parameters()}
     ours["embed.weight"] = ours["embed.weight"][:config.vocab_size]
@@ -55,7 +59,7 @@ def to_hf(model: GPT, directory: str | Path) -> None:
         "n_layer": config.layers, "n_head": config.heads, "n_embd": config.width,
         "n_inner": config.mlp_hidden, "layer_norm_epsilon": config.norm_eps or 1e-5,
         "activation_function": next(name for name, own in ACTIVATIONS.items() if own == config.activation),
-        "bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1,  # <|endoftext|> is last
+        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
     }, indent=2) + "\n")
 
 
@@ -106,8 +110,7 @@ def names_of(layers: int) -> dict[str, list[str]]:
 
 def refuse_unless_gpt2(config: ModelConfig) -> None:
     """ValueError that names the first key in which the model has another form than GPT-2."""
-    published = ModelConfig(**{key: getattr(config, key) for key in FREE})
-    allowed = {field.name: (getattr(published, field.name),) for field in fields(config)}
+    allowed = {field.name: (field.default,) for field in fields(config) if field.name not in FREE}
     allowed |= {"activation": tuple(ACTIVATIONS.values()), "head_dim": (None, config.width // config.heads)}
     for key, values in allowed.items():
         if getattr(config, key) not in values:

@@ -71,8 +71,17 @@ def test_names_without_the_transformer_prefix_and_with_masks_are_read(tmp_path):
     assert torch.equal(from_hf(tmp_path)[2].logits(some_tokens()), model.logits(some_tokens()))
 
 
+def test_keys_that_do_not_change_the_function_do_not_matter(tmp_path):
+    model = model_of(loss="triton", loss_over_padding=False, attention="sdpa", bf16_roles=("embed",))
+    to_hf(model, tmp_path, end_of_text=7)
+    again = from_hf(tmp_path)[2]
+    torch.testing.assert_close(again.logits(some_tokens()), model.logits(some_tokens()), rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7
+
+
 @pytest.mark.parametrize("change, key", [
     ({"positions": "rotary"}, "positions: 'rotary', not 'learned'"), ({"tied": False}, "tied: False"),
+    ({"tied": False, "init": Init(head="zeros")}, "tied: False"), ({"window": 8}, "window: 8, not None"),
     ({"unet": True, "layers": 4}, "unet"), ({"activation": "relu2"}, "activation: 'relu2', not 'gelu_tanh'"),
     ({"head_dim": 8}, "head_dim: 8, not None"), ({"biases": False}, "biases"),
     ({"qk_norm": "before_rotary"}, "qk_norm"),
