@@ -84,8 +84,8 @@ def find_shards(pattern: str, key: str = "data.train") -> list[Path]:
     paths = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern)))]
     if not paths:
         raise ShardError(f"{key}: no file matches {pattern!r} (from {os.getcwd()}); `python -m data.demo` "
-                         "writes small shards to data/demo; the speedrun's are "
-                         "kjj0/fineweb10B-gpt2 on Hugging Face")
+                         "writes small shards to data/demo, `python -m data.download --for CONFIG` fetches "
+                         "the published ones")
     return paths
 
 
