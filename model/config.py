@@ -91,7 +91,7 @@ class ModelConfig:
     softcap: Softcap | None = None  # bound on the logits
     loss: Literal["torch", "triton"] = "torch"  # triton: softcap, loss and gradient in one kernel, no float32 logits
     window: Count | None = None  # a token sees itself and window-1 before it (null: all before it)
-    attention: Literal["auto", "sdpa", "matmul"] = "auto"  # auto: matmul on a CPU, else sdpa, varlen for what hides keys
+    attention: Literal["auto", "sdpa", "matmul"] = "auto"  # auto: matmul on CPUs, else sdpa, varlen for what hides keys
     bf16_roles: tuple[Role, ...] = ()  # roles stored in bfloat16 when activations are bfloat16
     init: Init = Init()  # initial values
 
