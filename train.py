@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from harness.mirrors import open_sinks
 from harness.progress import Progress
 from model.gpt import GPT
 from optim.diagnostics import Probe
-from optim.driver import KernelError, Optimizer
+from optim.driver import Optimizer
 from optim.groups import GroupError
 
 
@@ -114,20 +113,19 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 3. processes and device
     procs = processes.start(cfg.deterministic)
     device, clock, stop = procs.device, Clock(procs.device), processes.StopRequest()
+    preflight.check_kernels(cfg, device)
     dtype, dtype_reason = processes.activation_dtype(cfg.precision, device)
-    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-    if compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        compiled = "no: torch.compile needs a C++ compiler and none was found"
+    compiled, compiled_in_words = processes.compilation(cfg.compile, device)
 
     # ------------------------------------------------------------ 4. model
     with device:
         model = GPT(cfg.model, cfg.seq_len, dtype, track_logits=cfg.needs_logits)
     model.init_weights(cfg.seed)
     params, roles = dict(model.named_parameters()), model.roles()
-    forward = torch.compile(model, dynamic=False) if compiled is True else model
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     # ------------------------------------------------------------ 5. optimizer
-    optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled is True,
+    optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled,
                           cfg.model.heads, cfg.model.tied, model.qk_parameters(), cfg.kernels)
     peak = processes.peak_flops(processes.device_name(device))
     progress = Progress(cfg.steps, cfg.batch_tokens, model.flops_per_token() * cfg.batch_tokens,
@@ -135,7 +133,7 @@ def main(argv: list[str]) -> int:
     progress.say(f"{cfg.name}: {sum(p.numel() for p in params.values()):,} parameters, {cfg.steps} steps of "
                  f"{cfg.batch_tokens:,} tokens, {procs.world} x {processes.device_name(device)}\n"
                  f"precision {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention {model.attention_form}; "
-                 f"compiled {'yes' if compiled is True else compiled or 'no'}; "
+                 f"loss {cfg.model.loss}; compiled {compiled_in_words}; "
                  f"orthogonalisation {optimizer.orthogonalisation}")
 
     # ------------------------------------------------------------ 6. a step, and a validation
@@ -229,7 +227,7 @@ def main(argv: list[str]) -> int:
         if procs.is_main and not resumed:
             directory = rundir.create(cfg.runs_dir, cfg.name, cfg.seed, to_yaml(cfg), dict(
                 identity=identity, world_size=procs.world, device=processes.device_name(device),
-                activation_dtype=str(dtype), compiled=compiled is True, attention=model.attention_form,
+                activation_dtype=str(dtype), compiled=compiled, attention=model.attention_form,
                 train_data=fingerprint(train.tokens.paths), val_data=fingerprint(val.tokens.paths)))
         directory = Path(procs.broadcast(str(directory)))
         lock = rundir.hold(directory) if procs.is_main else None      # no second process continues this run meanwhile
@@ -394,7 +392,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, ShardError, GroupError, KernelError, rundir.ResumeError) as error:
+    except (ConfigError, ShardError, GroupError, rundir.ResumeError) as error:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(processes.EXIT_BAD_INPUT)

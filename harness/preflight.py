@@ -7,6 +7,8 @@ import torch
 from harness.config import Config
 from harness.load import ConfigError, Loaded, format_resolved
 from harness.processes import activation_dtype, device_name, peak_flops
+from model.head import LossError, check_loss
+from optim.backend import why_not_triton
 from optim.groups import GroupError
 from optim.table import ParameterRow, parameter_table
 
@@ -26,6 +28,23 @@ def check(config: Config, model: torch.nn.Module) -> None:
     if ranks > rows:
         raise ConfigError(f"{ranks} ranks, but a batch of {config.batch_tokens} tokens has {rows} rows of seq_len "
                           f"{config.seq_len}: use at most {rows} ranks, or shorter rows")
+
+
+def check_kernels(config: Config, device: torch.device) -> None:
+    """Refuse kernels that `device` cannot run and that were asked for by name.
+
+    Raises:
+        ConfigError: one line a problem.
+    """
+    problems = []
+    try:
+        check_loss(config.model, device)
+    except LossError as error:
+        problems.append(str(error))
+    if config.kernels == "triton" and (missing := why_not_triton(device)):
+        problems.append(f"kernels: triton cannot be had here: {missing}; set kernels: auto or kernels: torch")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _clips_nothing(config: Config, model: torch.nn.Module, table: dict[str, ParameterRow]):
@@ -91,7 +110,7 @@ def memory_bytes(config: Config, model: torch.nn.Module, micro_tokens: int, worl
 
     Activations are what the backward pass keeps of a token: in each layer about 14 widths and 3 MLP widths, and twice
     the logits in float32; uncompiled 30 and 8, and eight times the logits; and with `matmul` attention four times the
-    scores. State is exact: the rules' own, made on "meta".
+    scores. The fused loss has the logits once, as activations. State is exact: the rules' own, made on "meta".
     """
     params = dict(model.named_parameters())
     weights = sum(p.numel() * p.element_size() for p in params.values())
@@ -100,7 +119,8 @@ def memory_bytes(config: Config, model: torch.nn.Module, micro_tokens: int, worl
     m = config.model
     widths, mlps, logits = (14, 3, 2) if compiled else (30, 8, 8)
     scores = 4 * m.heads * config.seq_len if matmul else 0
-    per_token = m.layers * (widths * m.width + mlps * m.mlp_hidden + scores) * activation + logits * 4 * m.vocab_rows
+    of_logits = activation if m.loss == "triton" else logits * 4
+    per_token = m.layers * (widths * m.width + mlps * m.mlp_hidden + scores) * activation + of_logits * m.vocab_rows
     gradients = sum(4 * p.numel() for p in params.values())
     return {"weights": weights, "gradients": 2 * gradients, "optimizer state": state // world,
             "activations": per_token * micro_tokens}
@@ -110,6 +130,7 @@ def report(config: Config, model: torch.nn.Module, train, val) -> int:
     """Print what --dry-run found; 0 if the run could start, else 2. The loaders have checked their shards already."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_kernels(config, device)
     dtype, reason = activation_dtype(config.precision, device)
     needed = config.steps * config.batch_tokens + 1
     rank_tokens = config.batch_tokens // world

@@ -2,6 +2,7 @@
 import ctypes
 import os
 import platform
+import shutil
 import signal
 from dataclasses import dataclass
 
@@ -108,6 +109,14 @@ def activation_dtype(precision: str, device: torch.device) -> tuple[torch.dtype,
         reason = (f"the processor has {'AMX tiles' if amx else 'AVX512-BF16'}" if capable
                   else "neither AMX tiles nor AVX512-BF16: bfloat16 would be slower")
     return (torch.bfloat16 if capable else torch.float32), reason
+
+
+def compilation(asked: bool | None, device: torch.device) -> tuple[bool, str]:
+    """Whether the run is compiled, by default on a GPU alone, and the same in words."""
+    wanted = device.type == "cuda" if asked is None else asked
+    if wanted and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return False, "no: torch.compile needs a C++ compiler and none was found"
+    return wanted, "yes" if wanted else "no"
 
 
 def device_name(device: torch.device) -> str:

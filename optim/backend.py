@@ -19,21 +19,17 @@ Kernels = Literal["auto", "triton", "torch"]
 chosen: Literal["triton", "torch"] = "torch"
 
 
-class KernelError(ValueError):
-    """Kernels were asked for that this machine cannot run; the message is one line with the remedy."""
-
-
 def choose(kernels: Kernels, device: torch.device) -> str:
     """Set what `symmetric_product` uses from now on; why it is not Triton, in words, where a GPU made one hope.
 
     Raises:
-        KernelError: `triton` was asked for and cannot be had.
+        ValueError: `triton` was asked for and cannot be had; a run has refused it before (harness/preflight.py).
     """
     global chosen
     wanted = kernels == "triton" or (kernels == "auto" and device.type == "cuda")
     missing = why_not_triton(device) if wanted else ""
     if kernels == "triton" and missing:
-        raise KernelError(f"kernels: triton cannot be had here: {missing}; set kernels: auto or kernels: torch")
+        raise ValueError(f"no Triton here: {missing}")
     chosen = "triton" if wanted and not missing else "torch"
     return missing
 

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optim import backend
-from optim.backend import KernelError  # noqa: F401, for those who make an Optimizer
 from optim.bank import Bank
 from optim.bases import FAILURES
 from optim.blocks import rescale_heads
@@ -48,7 +47,7 @@ class Optimizer:
         kernels: what makes the products of orthogonalisations (optim/backend.py); a choice for the whole process.
     Raises:
         GroupError: a parameter falls in no group or in two, or an option does not suit a group.
-        KernelError: the kernels cannot be had here.
+        ValueError: the kernels cannot be had here.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], roles: dict[str, str], groups: tuple[Group, ...],

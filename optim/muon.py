@@ -82,11 +82,11 @@ class Muon(Rule):
     def fused_update(self, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor], clip: Tensor | None,
                      keep: Tensor) -> None:
         from optim.kernels.passes import momentum_and_norm, step_and_decay
-        dtype, safety = iteration_dtype(self.ns_dtype, W.device, self.ns_form), COEFFICIENTS[self.ns_coefficients].safety
+        shape, safety = W.shape[-2:], COEFFICIENTS[self.ns_coefficients].safety
+        dtype = iteration_dtype(self.ns_dtype, W.device, self.ns_form)
         X = momentum_and_norm(G, state["momentum"], h["momentum"], self.momentum_form == "ema", self.nesterov, safety,
                               dtype, clip, keep)
         O = iterate(X, self.ns_coefficients, self.ns_steps, self.ns_form)
-        shape = W.shape[-2:]
         step_and_decay(W, O, h["lr"], self.lr_multiplier(*shape), self.shrinkage(h, *shape), keep)
 
     def lr_multiplier(self, rows: int, cols: int) -> float:

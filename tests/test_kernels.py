@@ -303,7 +303,7 @@ def test_a_driven_step_with_the_kernels_is_the_step_without(interpreted):
 
 def test_a_cpu_has_no_triton_unless_it_is_told_to_interpret():
     assert backend.choose("auto", torch.device("cpu")) == "" and backend.chosen == "torch"
-    with pytest.raises(backend.KernelError, match="^kernels: triton cannot be had here: the kernels need a GPU; set "):
+    with pytest.raises(ValueError, match="no Triton here: the kernels need a GPU"):
         backend.choose("triton", torch.device("cpu"))
     assert backend.chosen == "torch"
 

@@ -12,8 +12,8 @@ PACKAGES = ("model", "optim", "data", "harness")
 ALLOWED = {"model": set(), "optim": set(), "data": set(), "harness": {"model", "optim", "data"},
            "scripts": {"model", "optim", "data", "harness"}, "train": {"model", "optim", "data", "harness"}}
 # harness knows the three by their configuration only: these modules define or judge keys of the YAML.
-CONFIGURATION = {"model.config", "data.loader", "data.orders", "optim", "optim.backend", "optim.groups", "optim.schedules",
-                 "optim.table"}
+CONFIGURATION = {"model.config", "model.head", "data.loader", "data.orders", "optim", "optim.backend", "optim.groups",
+                 "optim.schedules", "optim.table"}
 FILES = [ROOT / "train.py", *(p for package in (*PACKAGES, "scripts") for p in sorted((ROOT / package).rglob("*.py")))]
 
 

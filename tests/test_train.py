@@ -286,3 +286,12 @@ def test_print_config_under_torchrun_prints_once_and_names_owners(tiny):
 def test_optimizer_keys_that_would_do_nothing_are_refused_in_one_line(tiny, keys, words):
     done = train_elsewhere("--config", tiny, *keys, "--print-config")
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_kernels_that_the_device_cannot_run_are_refused_before_anything_starts(tiny):
+    for more in ([], ["--dry-run"]):
+        done = train_elsewhere("--config", tiny, "kernels=triton", "model.loss=triton", *more)
+        assert done.returncode == 2 and done.stderr.splitlines() == [
+            "error: model.loss: triton cannot be had here: the kernel needs a GPU, and this is a cpu; set model.loss=torch",
+            "error: kernels: triton cannot be had here: the kernels need a GPU; set kernels: auto or kernels: torch"]
+    assert not (tiny.parent / "runs").exists()

@@ -21,7 +21,7 @@ class Launch(NamedTuple):
     stages: int                                 # tiles on their way from memory at once
 
 
-# By architecture: for few rows, and for more. A small tile wastes less at the edges and fills the GPU with more programs.
+# By architecture: for few rows, and for more. Small tiles waste less at the edges, and make enough programs for a GPU.
 SMALL_ROWS = 512
 SYMMETRIC: dict[str, tuple[Launch, Launch]] = {
     "sm_80": (Launch(64, 64, 4, 4), Launch(128, 32, 8, 4)),

@@ -1,6 +1,5 @@
 """A training step as train.py takes it, and the plain one beside it."""
 import glob
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,17 +34,16 @@ class TrainingStep:
         with torch.device("meta"):
             sketch = GPT(cfg.model, cfg.seq_len)
         preflight.check(cfg, sketch)
+        preflight.check_kernels(cfg, device)
         self.cfg, self.device, self.step = cfg, device, 0
         dtype, _ = processes.activation_dtype(cfg.precision, device)
-        compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-        if compiled and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            compiled = "no: torch.compile needs a C++ compiler and none was found"
+        compiled, _ = processes.compilation(cfg.compile, device)
         with device:
             model = GPT(cfg.model, cfg.seq_len, dtype, track_logits=cfg.needs_logits)
         model.init_weights(cfg.seed)
         optimizer = make_optimizer(cfg, model, compiled)
         optimizer.init_weights(cfg.seed)
-        self.dtype, self.compiled, self.model, self.optimizer = dtype, compiled is True, model, optimizer
+        self.dtype, self.compiled, self.model, self.optimizer = dtype, compiled, model, optimizer
         self.forward = torch.compile(model, dynamic=False) if self.compiled else model
         self.tokens, self.folder, self.loader = training_tokens(cfg)
         self.micro_rows = (cfg.micro_batch_tokens or cfg.batch_tokens) // cfg.seq_len
@@ -106,9 +104,9 @@ class TrainingStep:
             self.micro_rows = -(-self.micro_rows // 2)
 
 
-def make_optimizer(cfg: Config, model: GPT, compiled: bool | str) -> Optimizer:
+def make_optimizer(cfg: Config, model: GPT, compiled: bool) -> Optimizer:
     params, roles = dict(model.named_parameters()), model.roles()
-    return Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled is True,
+    return Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled,
                      cfg.model.heads, cfg.model.tied, model.qk_parameters(), cfg.kernels)
 
 
