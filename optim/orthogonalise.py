@@ -144,4 +144,4 @@ def iteration_dtype(name: DtypeName, device: torch.device, form: Form = "standar
 def refuse_bfloat16_gram(form: Form, dtype: DtypeName) -> None:
     """Raises ValueError: rounding to 8 bits makes the Gram matrix indefinite, and the steps then diverge."""
     if form == "gram" and dtype == "bfloat16":
-        raise ValueError("ns_form: gram diverges in bfloat16; remove ns_dtype, which means float16 then, or set float32")
+        raise ValueError("ns_form: gram diverges in bfloat16; remove ns_dtype, then float16 is meant, or set float32")

@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "optimizer": "the whole optimizer step of a model under each rule, and its share of a training step",
     "compare": "two configurations in turns: the ratio of their speeds with its confidence interval",
     "kernels": "errors and times of the Triton kernels beside cuBLAS",
+    "head": "the head and its loss in each form: torch, compiled, Triton",
     "loader": "batches a second out of token shards",
     "tokenise": "text to token shards, megabytes a second",
 }

@@ -69,3 +69,14 @@ def bench_rows(device, tokens: int | None = None, rounds: int = 10) -> list[str]
         for _ in range(rounds + 1))
     rate = 4 * z.numel() / kernel_s         # bytes read once and written once; the second reading may come from a cache
     return [*lines, f"{'the kernel alone':<18}{1e3 * kernel_s:10.3f}    {rate / 1e12:.2f} TB/s, read and written once"]
+
+
+def main(arguments: list[str]) -> int:
+    from scripts.bench.report import Parser, at_least, header, one_device
+    parser = Parser("head", __doc__)
+    parser.add_argument("--tokens", type=at_least(1), help="of a pass (default: 16,384; on a CPU 256)")
+    parser.add_argument("--rounds", type=at_least(1), default=10)
+    args = parser.parse_args(arguments)
+    device = one_device()
+    print("\n".join([header(device, f"{args.rounds} rounds"), *bench_rows(device, args.tokens, args.rounds)]))
+    return 0

@@ -40,6 +40,8 @@ class Row(NamedTuple):
 
 
 def works(shape: tuple[int, int, int]) -> list[Work]:
+    import torch
+
     from optim.backend import symmetric_product
     from optim.gram import gram_flops, worth_it
     from optim.orthogonalise import iterate, polynomials
@@ -53,7 +55,7 @@ def works(shape: tuple[int, int, int]) -> list[Work]:
         return symmetric_product(long(X), long(X))
 
     def polynomial(X):
-        A = X[:, :n, :n]                        # whatever it holds, it takes the same time; made symmetric for the error
+        A = X[:, :n, :n]                        # symmetric, see `draw`
         return symmetric_product(A, A, A, 2.03, -4.77)
 
     found = [Work("A = XXᵀ", count * m * n**2, gram, lambda X: long(X) @ long(X).mT),
@@ -65,7 +67,8 @@ def works(shape: tuple[int, int, int]) -> list[Work]:
         for form, flops in (("standard", standard), ("gram", count * gram_flops(rows, cols, steps))):
             if form == "standard" or worth_it(rows, cols):
                 def make(X, preset=preset, form=form):
-                    return iterate(X if form == "standard" else X.half() if X.is_cuda else X.float(), preset, None, form)
+                    narrow = X.dtype if form == "standard" else torch.float16 if X.is_cuda else torch.float32
+                    return iterate(X.to(narrow), preset, None, form)
                 found.append(Work(f"{preset}, {form}", flops, make,
                                   lambda X, preset=preset: iterate(X, preset, None, "standard")))
     return found

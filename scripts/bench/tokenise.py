@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
         from scripts.bench.interleave import interleave
         versions = ", ".join(" ".join(pair) for pair in tokenise.versions().items())
-        print(f"{megabytes:,.1f} MB of UTF-8 in {len(documents):,} documents, {args.tokenizer}, {args.workers} workers, "
+        print(f"{megabytes:,.1f} MB of UTF-8, {len(documents):,} documents, {args.tokenizer}, {args.workers} workers, "
               f"{tokenise.cores()} cores, {args.rounds} rounds in turns, {versions}")
         sides = {"data.tokenise, the whole command": ours, "tiktoken encode_ordinary_batch": theirs}
         for name, times in zip(sides, interleave(list(sides.values()), args.rounds)):
