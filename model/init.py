@@ -33,6 +33,8 @@ def rule(name, parameters, roles, config) -> tuple[Draw | str, int]:
     by_role = {"embed": init.embed, "pos": init.pos, "head": init.head, "q": init.qkv, "k": init.qkv,
                "v": init.qkv, "attn_out": init.attn_out, "mlp_in": init.mlp_in, "mlp_out": init.mlp_out}
     weight = name.removesuffix("bias") + "weight" if roles[name] == "bias" else name
+    if roles[name] == "bias" and init.in_bias and roles.get(weight) in ("q", "k", "v", "mlp_in"):
+        return init.in_bias, parameters[weight].shape[1]
     if roles[name] == "bias" and (init.bias == "zeros" or weight not in parameters):    # norms have no weight
         return "zeros", 1
     if roles[weight] not in by_role:

@@ -3,7 +3,7 @@
 `step` counts completed updates, so the first update of a run asks for at(0). N is the length in steps.
 
     warm-up     (s+1)/w                         the first update already moves (llm.c: lr(0) = 6e-4/700)
-    wsd         1, then x·1 + (1-x)·floor with x = (N-s)/c over the last c steps ("warm-up, stable, decay",
+    wsd         1, then x·1 + (1-x)·floor with x = ((N-s)/c)^power over the last c steps ("warm-up, stable, decay",
                 Hägele et al., arXiv:2405.18392; the speedrun's form, with its floor)
     cosine      floor + (1-floor)·(1 + cos πp)/2 with p = (s-w)/(N-w)  (Loshchilov & Hutter, arXiv:1608.03983,
                 in llm.c's form)
@@ -43,6 +43,7 @@ class Schedule:
     cooldown_steps: Steps | None = None                  # steps of linear decay at the end
     cooldown_frac: Fraction | None = None                # the same as a fraction of the length
     floor: Fraction = 0.0                                # final value, as a fraction of the peak
+    power: Annotated[float, Field(gt=0)] = 1.0           # of wsd's x over its cool-down; 1: a straight line
     points: tuple[Point, ...] = ()                       # corners of the piecewise curve, in order
 
     READ_WHEN: ClassVar[dict[str, dict[str, tuple]]] = {
@@ -50,6 +51,7 @@ class Schedule:
         "cooldown_steps": {"shape": ("wsd",)},
         "cooldown_frac": {"shape": ("wsd",)},
         "floor": {"shape": ("wsd", "cosine")},
+        "power": {"shape": ("wsd",)},
         "points": {"shape": ("piecewise",)},
     }
 
@@ -82,7 +84,7 @@ class Schedule:
         steps = self.cooldown_frac * length if self.cooldown_frac is not None else self.cooldown_steps
         if not steps:
             return 1.0
-        x = min(1.0, max(0.0, (length - step) / steps))
+        x = min(1.0, max(0.0, (length - step) / steps)) ** self.power
         return x + (1 - x) * self.floor
 
     def _cosine(self, step: int, length: int) -> float:
