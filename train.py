@@ -123,6 +123,7 @@ def main(argv: list[str]) -> int:
     model.init_weights(cfg.seed)
     params, roles = dict(model.named_parameters()), model.roles()
     forward = torch.compile(model, dynamic=False) if compiled else model
+    attention = model.attention_over(cfg.data.documents == "separate")             # its form
 
     # ------------------------------------------------------------ 5. optimizer
     optimizer = Optimizer(params, roles, cfg.optim, cfg.average, cfg.grad_clip, compiled,
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> int:
                         peak and peak * procs.world, shown=procs.is_main)
     progress.say(f"{cfg.name}: {sum(p.numel() for p in params.values()):,} parameters, {cfg.steps} steps of "
                  f"{cfg.batch_tokens:,} tokens, {procs.world} x {processes.device_name(device)}\n"
-                 f"precision {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention {model.attention_form}; "
+                 f"precision {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention {attention}; "
                  f"loss {cfg.model.loss}; compiled {compiled_in_words}; "
                  f"orthogonalisation {optimizer.orthogonalisation}")
 
@@ -227,7 +228,7 @@ def main(argv: list[str]) -> int:
         if procs.is_main and not resumed:
             directory = rundir.create(cfg.runs_dir, cfg.name, cfg.seed, to_yaml(cfg), dict(
                 identity=identity, world_size=procs.world, device=processes.device_name(device),
-                activation_dtype=str(dtype), compiled=compiled, attention=model.attention_form,
+                activation_dtype=str(dtype), compiled=compiled, attention=attention,
                 train_data=fingerprint(train.tokens.paths), val_data=fingerprint(val.tokens.paths)))
         directory = Path(procs.broadcast(str(directory)))
         lock = rundir.hold(directory) if procs.is_main else None      # no second process continues this run meanwhile
