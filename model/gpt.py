@@ -1,7 +1,8 @@
 """The transformer, from GPT-2 to the NanoGPT speedrun's tuned models; `model/config.py` names its parts.
 
 Letters of the shapes: b batch, t time, c width of the residual stream, v rows of the vocabulary with padding.
-Activations have one type, `activation_dtype`; weights are cast to it at each use; logits, loss are float32.
+Activations have one type, `activation_dtype` (but see `residual`); weights are cast to it at each use; logits, loss
+are float32.
 """
 
 import re
@@ -42,9 +43,9 @@ class GPT(nn.Module):
         self.embed = Embedding(config.vocab_rows, config.width)
         self.pos = Embedding(seq_len, config.width) if config.positions == "learned" else None
         self.embed_norm = Norm(config) if config.embed_norm else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, activation_dtype) for layer in range(config.layers))
         self.skips = nn.Parameter(torch.empty(config.layers // 2)) if config.unet else None
-        self.head_norm = Norm(config)
+        self.head_norm = Norm(config, activation_dtype)
         self.head = None if config.tied else Linear(config.width, config.vocab_rows, config.biases)
         if activation_dtype == torch.bfloat16:
             for name, role in self.roles().items():
@@ -111,14 +112,15 @@ class GPT(nn.Module):
         return sight._replace(mask=shown.to(self.activation_dtype))
 
     def embedded(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """The start of the residual stream, (b, t, c) in the activations' type."""
+        """The start of the residual stream, (b, t, c) in its type: the activations', or float32 (or wider)."""
         x = self.embed(tokens)
         if self.pos is not None:
             end = start + tokens.shape[1]
             if end > self.seq_len:
                 raise ValueError(f"rows of {end} tokens, but this model has positions for {self.seq_len}")
             x = x + self.pos(torch.arange(start, end, device=tokens.device))
-        x = x.to(self.activation_dtype)
+        wide = self.config.residual == "float32"
+        x = x.to(torch.promote_types(self.activation_dtype, torch.float32) if wide else self.activation_dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def read_out(self, x: Tensor) -> Tensor:
@@ -181,13 +183,13 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         self.branch_scale = config.attn_branch_scale
         self.shortcut = nn.Parameter(torch.empty(2)) if config.embed_shortcut else None
-        self.attn_norm = Norm(config)
+        self.attn_norm = Norm(config, dtype)
         self.attn = Attention(config, layer)
-        self.mlp_norm = Norm(config)
+        self.mlp_norm = Norm(config, dtype)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, x0: Tensor, v0: Tensor | None, rotation, sight: Sight | None = None,

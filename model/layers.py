@@ -36,10 +36,11 @@ class Embedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension; statistics in float32."""
+    """LayerNorm or RMSNorm over the last dimension, in `dtype` (None: the input's); statistics in float32."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype | None = None):
         super().__init__()
+        self.dtype = dtype
         self.centred = config.norm == "layernorm"
         self.eps = config.norm_eps or (1e-5 if self.centred else RMS_EPS)
         self.shape = (config.width,)
@@ -49,5 +50,5 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = (None if w is None else w.to(x.dtype) for w in (self.gain, self.bias))
         if self.centred:
-            return F.layer_norm(x, self.shape, gain, bias, self.eps)
-        return F.rms_norm(x, self.shape, gain, self.eps)
+            return F.layer_norm(x, self.shape, gain, bias, self.eps).to(self.dtype or x.dtype)
+        return F.rms_norm(x, self.shape, gain, self.eps).to(self.dtype or x.dtype)
