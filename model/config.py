@@ -80,7 +80,7 @@ class ModelConfig:
     norm_gain: bool = True  # norms multiply by a learned gain
     norm_eps: Positive | None = None  # added to the (mean) square (null: 1e-5, or float32's 1.19e-7 for rmsnorm)
     embed_norm: bool = False  # a norm after the embedding
-    residual: Literal["activations", "float32"] = "activations"  # type of the residual stream; float32: that of autocast
+    residual: Literal["activations", "float32"] = "activations"  # residual stream; float32: as in autocast
     qk_norm: Literal["none", "before_rotary", "after_rotary"] = "none"  # RMSNorm, without gain, of queries and keys
     attn_scale: Positive | None = None  # multiplies the attention scores (null: head_dim^-0.5)
     attn_branch_scale: Positive = 1.0  # multiplies what attention adds to the residual stream

@@ -86,7 +86,8 @@ def text_bytes(encoding, targets: np.ndarray) -> int:
         return sum(count * len(encoding.decode_single_token_bytes(token))
                    for token, count in zip(ids.tolist(), counts.tolist()) if token != encoding.eot_token)
     except KeyError as error:
-        raise ValueError(f"token {error.args[0]} is not in the vocabulary of {encoding.name}: wrong data for this run") from None
+        raise ValueError(f"token {error.args[0]} is not in the vocabulary of {encoding.name}: "
+                         "wrong data for this run") from None
 
 
 def documents_of(val: ValLoader, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +140,8 @@ def lines_of(found: dict) -> list[str]:
     lines = [f"context {found['context']:,}: {found['tokens']:,} tokens, val_loss {found['val_loss']:.4f}, "
              + (f"bits per byte not known ({bits})" if isinstance(bits, str) else f"{bits:.4f} bits per byte")]
     for title, key in (("tokens of context", "by_position"), ("length of document", "by_document_length")):
-        lines += ["", f"  {title:<20}{'documents' if key == 'by_document_length' else '':>12}{'tokens':>14}{'loss':>10}"]
+        counted = "documents" if key == "by_document_length" else ""
+        lines += ["", f"  {title:<20}{counted:>12}{'tokens':>14}{'loss':>10}"]
         for entry in found[key]:
             span = f"{entry['from']:,}" + (f" - {entry['to']:,}" if entry["to"] > entry["from"] else "")
             documents = f"{entry['documents']:,}" if "documents" in entry else ""
@@ -190,7 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--data", metavar="PATTERN", help="shards to measure on (default: the run's data.val)")
-    parser.add_argument("--context", type=count, nargs="+", metavar="N", help="tokens a row (default: the run's seq_len)")
+    parser.add_argument("--context", type=count, nargs="+", metavar="N", help="tokens a row (default: seq_len)")
     parser.add_argument("--tokens", type=count, metavar="N", help="how many to measure on (default: val_tokens)")
     parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="JSONL with ctx, endings and label")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",

@@ -35,7 +35,7 @@ from scripts import export_model
 from scripts.sample import load_run
 
 # The keys of ModelConfig that change how a model is trained, not which function it is.
-TRAINING_ONLY = ("padded_vocab_size", "loss_over_padding", "loss", "attention", "bf16_roles", "init")
+TRAINING_ONLY = ("padded_vocab_size", "loss_over_padding", "loss", "attention", "residual", "bf16_roles", "init")
 
 
 def export(run: Path, out: Path, form: str = "ours") -> list[str]:

@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that have this probability together")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that together have this share")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for wrong, message in ((args.tokens < 1, "--tokens must be 1 or more"),
