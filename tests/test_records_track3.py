@@ -262,9 +262,8 @@ def twenty_steps(name, product, tau=None):
         if name in HAVE_BASES:
             given = the_products_bases(product, product.optimizer.state_dict(), used)
         theirs.append(plain.step(row, weights, state, s, tokens, targets, given))
-    assert ours[-1] < ours[0] - (.002 if name == "splus" else .03)        # it learns, so there is something to compare
-    apart = {kind: max((product.weights()[key] - W).abs().max() for key, W in weights.items() if plain.kind(key) == kind)
-             for kind in COUNTS}
+    assert ours[-1] < ours[0] - (.002 if name == "splus" else .03)        # it learns, or there were nothing to compare
+    apart = {key: (product.params[key].detach() - W).abs().max() for key, W in weights.items()}
     return (torch.tensor(ours) - torch.tensor(theirs)).abs().max(), apart, used, weights
 
 

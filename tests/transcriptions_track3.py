@@ -247,7 +247,7 @@ class Row(NamedTuple):
     hidden: Callable                                      # (W, G, s, t, eta, given) -> W
     lr: float
     schedule: Callable                                    # of the hidden matrices
-    rest: dict | Callable                                 # learning rates and decay of AdamW; or (name, W, G, s, t, eta)
+    rest: dict | Callable                                 # AdamW's settings, or a rule (name, W, G, s, t, eta)
     rest_schedule: Callable
     qk_norm: bool = True
     tau: float | None = None
