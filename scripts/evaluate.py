@@ -158,11 +158,10 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     items = None if args.hellaswag is None else read_items(args.hellaswag)
-    config, model = load_run(args.run)
+    config, model = load_run(args.run, precision_of(args.run, args.precision))
     tokens, tokenizer = args.tokens or config.val_tokens, config.data.tokenizer
     vals = [open_val(config, args.data, tokens, context) for context in args.context or [config.seq_len]]
     encoding = None if items is None else by_name(tokenizer)
-    model.activation_dtype = precision_of(args.run, args.precision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = {"run": str(args.run), "weights": config.target_on, "device": model.embed.weight.device.type,
               "precision": str(model.activation_dtype).removeprefix("torch."), "data": args.data or config.data.val,

@@ -22,8 +22,8 @@ from model.generate import continuation
 from model.gpt import GPT
 
 
-def load_run(run: Path) -> tuple[Config, GPT]:
-    """The configuration and the model (float32, CPU) of a run's newest intact checkpoint.
+def load_run(run: Path, activation_dtype: torch.dtype = torch.float32) -> tuple[Config, GPT]:
+    """The configuration and the model (on the CPU) of a run's newest intact checkpoint.
 
     It has the weights that the run's target is asked of: the last ones, or their average where target_on says so.
     """
@@ -31,7 +31,7 @@ def load_run(run: Path) -> tuple[Config, GPT]:
     found = checkpoint.newest_intact(run / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"{run}/checkpoints holds no intact checkpoint")
-    content, model = found[1], GPT(config.model, config.seq_len)
+    content, model = found[1], GPT(config.model, config.seq_len, activation_dtype)
     weights = content["model"]
     if config.target_on == "average" and content["step"] > 0:
         debias = 1 - config.average ** content["step"]            # the average started from zero (optim/driver.py)
