@@ -34,7 +34,7 @@ ONLY = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse
 
 # The keys in which a model of ours may differ from GPT-2 as published and still have this form.
 FREE = ("vocab_size", "padded_vocab_size", "loss_over_padding", "layers", "heads", "width", "mlp_width", "norm_eps",
-        "loss", "attention", "bf16_roles", "init")
+        "loss", "attention", "bf16_roles", "residual", "init")
 
 
 def to_hf(model: GPT, directory: str | Path, end_of_text: int | None = None) -> None:

@@ -72,7 +72,8 @@ def test_names_without_the_transformer_prefix_and_with_masks_are_read(tmp_path):
 
 
 def test_keys_that_do_not_change_the_function_do_not_matter(tmp_path):
-    model = model_of(loss="triton", loss_over_padding=False, attention="sdpa", bf16_roles=("embed",))
+    model = model_of(loss="triton", loss_over_padding=False, attention="sdpa", bf16_roles=("embed",),
+                     residual="float32")
     to_hf(model, tmp_path, end_of_text=7)
     again = from_hf(tmp_path)[2]
     torch.testing.assert_close(again.logits(some_tokens()), model.logits(some_tokens()), rtol=1e-5, atol=1e-5)

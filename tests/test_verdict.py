@@ -275,6 +275,10 @@ def test_the_text_says_the_verdict_and_how_many_more_runs(tmp_path, monkeypatch,
     more = judge.more_welch(losses, SIX)
     assert f"  more runs  {more}, if mean and standard deviation stay, of each set (Welch)\n" in out
     assert "asked 0.004 or more: not shown to be better" in out
+    _, out, _ = run_main(monkeypatch, capsys, *logs, "--baseline", *track3_logs(
+        tmp_path / "low", [x - 0.02 for x in SIX], [400 + 0.1 * i for i in range(6)], source="lr = 2"))
+    assert re.search(r"loss       \+0\.0215 .* p = \S+: higher \(Welch\)\n", out)
+    assert re.search(r"seconds    \+100\.000 .* p = \S+: slower \(Welch\)\n", out)
     _, out, _ = run_main(monkeypatch, capsys, *track3_logs(tmp_path / "c", [3.281, 3.282], source="x"))
     assert "  more runs  none decide it at this mean\n" in out
 
