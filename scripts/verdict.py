@@ -8,8 +8,9 @@ RUNS are run directories, or published logs of llm.c, track 1 or track 3: one co
 by their outcome. Refused, with what is wrong: a seed or a log twice, configurations, code, machines or numbers of steps
 that differ, runs that did not finish, no ledger of the clock. A --baseline (may be repeated) is another such set.
 
-Differences are runs less baseline. Seconds are compared where both sets name the same machine. "More runs" is how many
-it takes if mean and standard deviation stay as they are; by chance it may take more, so a claim fixes its number first.
+Differences are runs less baseline. Seconds are compared where both sets name the same machine; they drift with what
+else it does, so alternate the sets. "More runs" is how many it takes if mean and standard deviation stay as they are;
+by chance it may take more, so a claim fixes its number first.
 """
 import argparse
 import json
@@ -171,8 +172,11 @@ def own_rule(runs: Group) -> Rule | None:
 
 def verdict(runs: Group, baselines: list[Group], rule: Rule | None) -> dict:
     """Everything that is printed, as JSON has it."""
-    return {"rule": rule and rule._asdict(), "runs": about(runs, rule),
-            "baselines": [about(other, rule) | {"comparison": comparison(runs, other, rule)} for other in baselines]}
+    several = len(baselines) > 1
+    return {"rule": rule and rule._asdict(), "runs": about(runs, rule), "baselines": [
+        about(other, rule) | {"name": f"baseline {f'{number} ' if several else ''}{other.name}",
+                              "comparison": comparison(runs, other, rule)}
+        for number, other in enumerate(baselines, 1)]}
 
 
 def about(runs: Group, rule: Rule | None) -> dict:

@@ -8,8 +8,7 @@ def text(found: dict) -> str:
     rule, runs = found["rule"], found["runs"]
     lines = set_lines(runs, rule)
     for other in found["baselines"]:
-        first, *rest = set_lines(other, rule)
-        lines += ["", f"baseline {first}", *rest, "", f"{runs['name']} against {other['name']}",
+        lines += ["", *set_lines(other, rule), "", f"{runs['name']} against {other['name']}",
                   *comparison_lines(other["comparison"])]
     return "\n".join(lines)
 

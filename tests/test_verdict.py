@@ -243,7 +243,7 @@ def test_ours_and_three_kinds_of_published_logs_meet_in_one_table(trained, monke
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("|")]
     assert code == 0 and [cell.strip() for cell in rows[0]] == [
         "Runs", "Steps", "Time μ", "Time σ", "Time +/-", "Time p", "Loss μ", "Loss σ", "Loss +/-", "Loss p"]
-    names = [*(f"{path.stem} (1)" for path in (TRACK1, TRACK3, LLMC)), "tiny (3)"]
+    names = [*(f"baseline {i} {path.stem} (1)" for i, path in enumerate((TRACK1, TRACK3, LLMC), 1)), "tiny (3)"]
     assert [row[0].strip() for row in rows[2:]] == names and {len(row) for row in rows} == {10}
     assert [row[1].strip() for row in rows[2:]] == ["3,000", "3,250", "19,560", "8"]
     assert rows[2][2].strip() == "433.570" and rows[4][2].strip() == "" and rows[4][6].strip() == "3.2722"
@@ -260,7 +260,7 @@ def test_the_markdown_carries_numbers_that_give_its_p_value_again(tmp_path, monk
         assert float(done.stdout) == pytest.approx(expected, rel=1e-6), done.stderr
     cells = [cell.strip() for cell in out.splitlines()[3].split("|")[1:-1]]
     welch = judge.welch(SIX, [x + 0.003 for x in SIX])
-    assert cells[0] == "a (6)" and cells[6:9] == ["3.2776", "0.0011", f"{welch.mean:+.4f}"] and cells[8] == "-0.0030"
+    assert cells[0] == "a (6)" and "are against baseline b.\n" in out and cells[6:9] == ["3.2776", "0.0011", f"{welch.mean:+.4f}"] and cells[8] == "-0.0030"
     assert cells[9] == f"{judge.p_of_score(judge.score(SIX, 3.28)):.1e}"
 
 
