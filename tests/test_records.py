@@ -283,7 +283,7 @@ def test_initial_values_are_drawn_as_described():
                 std = .02 / math.sqrt(24) if role in ("attn_out", "mlp_out") else .02
                 assert w.std().item() == pytest.approx(std, rel=.03) and w.abs().max() > 3 * std, where
             elif role == "scalar":
-                assert w.tolist() == {"value_mix": [.5], "shortcut": [1, 0], "skips": [1] * 6}[name.split(".")[-1]], where
+                assert w.tolist() == {"value_mix": [.5], "shortcut": [1, 0], "skips": [1] * 6}[name.split(".")[-1]]
             elif role == "head" or (role in ("attn_out", "mlp_out") and record >= 5):
                 assert not w.any(), where
             elif role == "embed" and record >= 8:
