@@ -1,12 +1,17 @@
 """The presets of track 3 against their rows: tables, schedules, first losses, and twenty steps of their mathematics."""
 import gc
 import math
+import re
 
+import jsonschema
 import pytest
 import torch
 
 from harness.load import load
 from harness.preflight import check, table_of
+from harness.schema import generate
+from harness.yaml_tree import plain as unlabelled
+from harness.yaml_tree import read_text
 from model.gpt import GPT
 from optim.driver import Optimizer
 from optim.schedules import Schedule
@@ -17,6 +22,8 @@ from tests.test_initial_losses import text_like_tokens
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "records" / "track3").glob("*.yaml"))
 TINY = [f"model.{key}={value}" for key, value in dict(layers=plain.LAYERS, heads=plain.HEADS, width=plain.WIDTH,
                                                       vocab_size=plain.VOCAB).items()]
+SCHEMA = jsonschema.Draft202012Validator(generate())
+UNTUNED = {"splus", "scion", "gluon", "muonclip"}
 HAVE_BASES = {"klsoaph", "soaph", "splus"}
 ROUNDING = dict.fromkeys(PRESETS, 0.012) | {"adamw": 3e-4, "gluon": .02, "scion": .12, "splus": 1e-4}
 
@@ -27,6 +34,20 @@ def preset(name, *overrides):
 
 def test_every_row_has_a_preset_and_a_transcription():
     assert set(PRESETS) == set(plain.ROWS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_where_it_is_from_and_agrees_with_the_schema(name):
+    content = (ROOT / "configs" / "records" / "track3" / f"{name}.yaml").read_text()
+    head = content[:content.index("\nextends:")]
+    assert head.startswith("# yaml-language-server: $schema=../../schema.json\n# torchrun ")
+    assert f"train.py --config records/track3/{name}.yaml\n" in head
+    assert ("UNTUNED" in head) == ("Published" not in head) == (name in UNTUNED)
+    assert re.search("Uncertain|by its README's rule|outside the track's rules", head)
+    shards = -(-plain.ROWS[name].steps // 190)            # 190 steps take a shard of FineWeb
+    assert f"{shards} shards" in head
+    SCHEMA.validate(unlabelled(read_text(content, name)))
+    assert preset(name).name == f"track3-{name}"
 
 
 # ---- what records.md tabulates: matrices' rule with lr and decay, AdamW of embedding, head, vectors with its decay
