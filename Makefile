@@ -1,11 +1,13 @@
 # make demo    set up, write a small corpus, train on it to its target, show the result
 # make test    set up, run the tests
 # make setup   the environment alone
+# make reproduce RECORD=04-muon [GPUS=8] [SEEDS=4] [ARGS="key=value ..."]
+#              a published record: check, fetch what is missing, run, report, verdict
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test schema
+.PHONY: setup demo test schema reproduce
 setup: $(VENV)/.run
 
 $(VENV)/bin/python:
@@ -22,6 +24,9 @@ $(VENV)/.test: requirements-dev.txt $(VENV)/.run
 
 demo: $(VENV)/.run
 	$(RUN) -m scripts.demo
+
+reproduce: $(VENV)/.run
+	$(RUN) -m scripts.reproduce '$(RECORD)' $(if $(GPUS),--gpus $(GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: $(VENV)/.test
 	$(RUN) -m pytest -q
