@@ -8,16 +8,17 @@ same torch gives the same shards everywhere.
 meta.json is written last and says what the shards hold. Where it agrees with the sources and with the shards
 there is nothing to do; anything else is made again.
 """
-import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from data.shards import ShardError, open_shard, write_shard
+from data.arguments import Parser
+from data.shards import ShardError, make_folder, open_shard, write_shard
 
 END_OF_TEXT = 256
 SHARD_TOKENS = 10_000_000
@@ -121,7 +122,7 @@ def make(root: Path, version: str, out: Path) -> tuple[dict, bool]:
                          "or choose another --out")
     if intact(out, meta):
         return meta, False
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name in others:                                # of an earlier torch
         (out / name).unlink()
     (out / "meta.json").unlink(missing_ok=True)
@@ -133,16 +134,22 @@ def make(root: Path, version: str, out: Path) -> tuple[dict, bool]:
     return meta, True
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.demo", description=__doc__.split("\n\n")[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser("python -m data.demo", __doc__)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write (%(default)s)")
     out = parser.parse_args(arguments).out
-    root, version = torch_sources()
-    meta, written = make(root, version, out)
+    try:
+        root, version = torch_sources()
+        meta, written = make(root, version, out)
+    except (ShardError, OSError) as error:
+        said = f"{error.filename or out}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"error: {said}", file=sys.stderr)
+        return 2
     print(f"{out}: {'written' if written else 'there already, and intact'}: the sources of torch {version}")
     for name in ("train", "val"):
         print("{:>7}: {tokens:,} tokens in {documents:,} documents".format(name, **meta[name]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,6 @@ A shard goes to NAME.part and gets its name when it is whole: header, length, SH
 manifest.json has it from the first fetch. The same command again goes on where it stopped, within a file too, and
 fetches only what is missing or damaged. HF_ENDPOINT names a mirror, HF_TOKEN an account.
 """
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -24,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from data import corpora, hub, manifest
+from data.arguments import Parser, at_least
 from data.corpora import Corpus
-from data.shards import ShardError
+from data.shards import ShardError, make_folder
 
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -198,7 +198,7 @@ def check(folder: Path, names: list[str]) -> int:
     files, problems, good = manifest.read(folder)["files"], [], 0
     here = {path.name for path in folder.glob("*.bin")}
     if not here | files.keys():
-        raise ShardError(f"{folder}: neither shards nor {manifest.NAME}")
+        raise ShardError(f"{folder}: neither shards nor {manifest.NAME}; the same command without --check fetches them")
     for name, found in in_threads(lambda name: manifest.inspect(folder / name, files.get(name)),
                                   sorted(here | files.keys() | set(names)), os.cpu_count() or 1):
         if not isinstance(found, ShardError) and name not in files:
@@ -243,15 +243,14 @@ def choose(args, overrides: list[str]) -> tuple[Corpus | None, Path, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m data.download", __doc__)
     parser.add_argument("corpus", nargs="?", help="one of " + ", ".join(corpora.CORPORA))
-    parser.add_argument("--shards", type=int, metavar="N", help="training shards, the first N")
+    parser.add_argument("--shards", type=at_least(0), metavar="N", help="training shards, the first N")
     parser.add_argument("--for", dest="config", metavar="FILE", help="as many as this run reads; key=value may follow")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: data/CORPUS)")
     parser.add_argument("--check", action="store_true", help="fetch nothing; compare with DIR/manifest.json")
-    parser.add_argument("--threads", type=int, default=8, metavar="N", help="files at a time (%(default)s)")
-    parser.add_argument("--retries", type=int, default=5, metavar="N", help="after failures in a row (%(default)s)")
+    parser.add_argument("--threads", type=at_least(1), default=8, metavar="N", help="files at a time (%(default)s)")
+    parser.add_argument("--retries", type=at_least(0), default=5, metavar="N", help="after failures in a row (%(default)s)")
     args, overrides = parser.parse_known_args(arguments)
     if args.corpus and "=" in args.corpus:               # --for FILE key=value
         args.corpus, overrides = None, [args.corpus, *overrides]
@@ -263,15 +262,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give a corpus and --shards N, or --for FILE, or a corpus or --out DIR with --check")
     if args.shards is not None and not args.corpus:
         parser.error("--shards needs a corpus")
-    if args.threads < 1 or args.retries < 0:
-        parser.error("--threads begins at 1, --retries at 0")
     try:
         corpus, folder, names = choose(args, overrides)
         if args.check:
             print(f"{folder}: {check(folder, names)} shards, all as {manifest.NAME} has them")
             return 0
         hub.check_endpoint()
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with locked(folder):
             download(corpus, folder, names, args.threads, args.retries)
         print(f"{folder}: {len(names)} shards, all whole: {names[0]}"

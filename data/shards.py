@@ -79,6 +79,15 @@ def open_shard(path: str | Path) -> np.memmap:
     return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(read_header(path),))
 
 
+def make_folder(path: Path) -> None:
+    """The folder `path`, made where it is not; ShardError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ShardError(f"--out {path}: no folder can be made there ({reason}); choose another") from error
+
+
 def find_shards(pattern: str, key: str = "data.train") -> list[Path]:
     """The files that `pattern` matches, sorted by name; `key` is what the configuration calls the pattern."""
     paths = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern)))]

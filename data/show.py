@@ -7,7 +7,6 @@ A folder's shards must have whole headers and lengths, ids of their vocabulary, 
 meta.json (data.tokenise, data.demo) or manifest.json (data.download) has; the exit code is 2 where they have not.
 A document's length counts its end-of-text token and what of it lies in the next shard.
 """
-import argparse
 import hashlib
 import json
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import tokenizers
+from data.arguments import Parser, at_least
 from data.documents import END_OF_TEXT, scan
 from data.manifest import sha256_of
 from data.shards import ShardError, open_shard
@@ -191,25 +191,17 @@ def span(path: Path, first: int, count: int, asked: str | None) -> str:
     return "\n".join(lines)
 
 
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.show", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m data.show", __doc__)
     parser.add_argument("path", type=Path, help="a shard, or a folder of shards")
-    parser.add_argument("--from", type=natural, dest="first", metavar="TOKEN", help="where to begin in a shard (0)")
-    parser.add_argument("--count", type=natural, metavar="TOKENS", help="how many to show of a shard (200)")
+    parser.add_argument("--from", type=at_least(0), dest="first", metavar="TOKEN", help="where to begin in a shard (0)")
+    parser.add_argument("--count", type=at_least(1), metavar="TOKENS", help="how many to show of a shard (200)")
     parser.add_argument("--tokenizer", help="gpt2, bytes, or a file of ranks (the one in meta.json beside the "
                         "shards, else gpt2)")
     args = parser.parse_args(arguments)
     try:
         if not args.path.is_dir():
-            print(span(args.path, args.first or 0, 200 if args.count is None else max(args.count, 1), args.tokenizer))
+            print(span(args.path, args.first or 0, args.count or 200, args.tokenizer))
             return 0
         if args.first is not None or args.count is not None:
             raise ShardError(f"{args.path} is a folder: --from and --count go with a shard")

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,8 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from data import tokenizers
+from data.arguments import Parser, at_least
 from data.sources import DocumentError, Source, find_sources, read
 from data.shard_writer import Seen, ShardWriter, Smallest, find_files, write_json
+from data.shards import ShardError, make_folder
 from data.workers import Encoded, Recipe, encode_all
 
 CHECKPOINT_S = 5.0
@@ -107,6 +110,8 @@ class Corpus:
 # -------------------------------------------------------------------------------------------- the whole run
 def make(args: argparse.Namespace) -> tuple[dict, bool]:
     """Make the shards or go on making them: (what meta.json says, whether anything was written)."""
+    if args.pattern is not None and args.tokenizer in ("gpt2", "bytes"):
+        raise CorpusError(f"--pattern goes with a file of ranks; {args.tokenizer} has its own: leave it out")
     sources = find_sources(args.source, args.out)
     encoding = tokenizers.by_name(args.tokenizer, args.pattern)
     if encoding.max_token_value > 65_535:
@@ -116,7 +121,7 @@ def make(args: argparse.Namespace) -> tuple[dict, bool]:
     arguments = {**{name: getattr(args, name) for name in named},
                  "tokenizer_sha256": tokenizers.identity(encoding), "sources_sha256": fingerprint(sources)}
     recipe = Recipe(encoding, args.field, args.separator.encode(), args.errors)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     with ExitStack() as stack:
         lock(stack, args.out)
         meta = read_json(args.out / META)
@@ -233,26 +238,23 @@ def cores() -> int:
 
 
 def held_out(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not (0 <= value < 1 or value.is_integer() and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is neither a share below 1 nor a number of tokens")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share below 1 nor a number of tokens")
     return value
 
 
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-def positive(text: str) -> int:
-    return natural(text) or int("none")
+def shard_name(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]*", text) or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no beginning of a file name of letters, digits, - _ and .")
+    return text
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.tokenise", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m data.tokenise", __doc__)
     add = parser.add_argument
     add("source", nargs="+", help="a file, a folder, a pattern in quotes, or hf:REPOSITORY[:CONFIG[:SPLIT]]")
     add("--out", type=Path, required=True, help="folder for the shards")
@@ -263,11 +265,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--separator", default="", help="what stands between the documents of a .txt file (a file is one document)")
     add("--errors", choices=("strict", "replace", "skip"), default="strict", help="at a document that is bad: stop; "
         "put U+FFFD where it is not UTF-8; leave it out and count it (%(default)s)")
-    add("--shard-tokens", type=positive, default=100_000_000, metavar="N", help="tokens of a shard (%(default)s)")
+    add("--shard-tokens", type=at_least(1), default=100_000_000, metavar="N", help="tokens of a shard (%(default)s)")
     add("--held-out", type=held_out, default=0.01, metavar="N", help="for validation: the share of documents, below "
         "1, or at least so many tokens (%(default)s)")
-    add("--name", default="", help="of the shards: NAME_train_000000.bin (train_000000.bin)")
-    add("--workers", type=natural, default=cores(), metavar="N", help="processes; 0: only this one (%(default)s)")
+    add("--name", type=shard_name, default="", help="of the shards: NAME_train_000000.bin (train_000000.bin)")
+    add("--workers", type=at_least(0), default=cores(), metavar="N", help="processes; 0: only this one (%(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -276,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     again = "the same command continues"
     try:
         meta, written = make(args)
-    except (CorpusError, DocumentError, tokenizers.VocabularyError) as error:
+    except (CorpusError, DocumentError, ShardError, tokenizers.VocabularyError) as error:
         return complain(error, 2)
     except BrokenProcessPool:
         return complain(f"a worker was killed, perhaps for want of memory; {again}, with fewer --workers in less", 1)
@@ -288,6 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{args.out}: {'written' if written else 'there already'}: {len(meta['files'])} shards, {META}")
     for split in SPLITS:
         print("{:>7}: {tokens:,} tokens in {documents:,} documents, {bytes:,} bytes".format(split, **meta[split]))
+    if not meta["val"]["documents"] and args.held_out:
+        print("note: no document is held out for validation; raise --held-out")
     print("dropped: {duplicates:,} copies, {empty:,} empty, {skipped:,} unusable".format(**meta))
     return 0
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.arguments import Parser, at_least
 from data.documents import END_OF_TEXT, index
 from data.loader import ValLoader
 from data.shards import find_shards
@@ -186,13 +187,11 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def main() -> int:
-    count = lambda text: int(text) if int(text) > 0 else int("")    # noqa: E731  argparse names the bad value
-    count.__name__ = "whole number above 0"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.evaluate", __doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--data", metavar="PATTERN", help="shards to measure on (default: the run's data.val)")
-    parser.add_argument("--context", type=count, nargs="+", metavar="N", help="tokens a row (default: seq_len)")
-    parser.add_argument("--tokens", type=count, metavar="N", help="how many to measure on (default: val_tokens)")
+    parser.add_argument("--context", type=at_least(1), nargs="+", metavar="N", help="tokens a row (default: seq_len)")
+    parser.add_argument("--tokens", type=at_least(1), metavar="N", help="how many to measure on (default: val_tokens)")
     parser.add_argument("--hellaswag", type=Path, metavar="FILE", help="JSONL with ctx, endings and label")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                         help="of activations (auto: as in the run)")

@@ -9,7 +9,6 @@ have a README.md with the loss, the configuration and how to load them. Weights 
 padding: those that the run's target is asked of, the last ones or their average. The folder is read back and its
 logits compared before it gets its name.
 """
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.arguments import Parser
 from data.documents import END_OF_TEXT
 from data.tokenizers import END_OF_TEXT as END_OF_TEXT_TOKEN
 from data.tokenizers import VocabularyError, by_name
@@ -195,7 +195,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")      # where vocab.json is in thi
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.export", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     parser.add_argument("--form", choices=("ours", "hf"), default="ours",

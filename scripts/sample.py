@@ -6,7 +6,7 @@
 The text goes to standard output, the speed to standard error. When the text outgrows the model's context, the older
 half of it is forgotten (model/generate.py).
 """
-import argparse
+import math
 import sys
 import time
 from itertools import islice
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data.arguments import Parser, at_least
 from data.tokenizers import by_name
 from harness import checkpoint
 from harness.config import Config
@@ -63,20 +64,18 @@ def read_prompt(path: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.sample", __doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file of text to continue; - is standard input")
-    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="how many tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top-k", type=at_least(1), help="draw from the k likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that together have this share")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
-    for wrong, message in ((args.tokens < 1, "--tokens must be 1 or more"),
-                           (args.temperature < 0, "--temperature must not be negative"),
-                           (args.top_k is not None and args.top_k < 1, "--top-k must be 1 or more"),
+    for wrong, message in ((not 0 <= args.temperature < math.inf, "--temperature must be a number from 0 on"),
                            (args.top_p is not None and not 0 < args.top_p <= 1, "--top-p must be above 0, at most 1")):
         if wrong:
             parser.error(message)

@@ -64,12 +64,13 @@ def test_what_is_no_run_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--tokens", "0"], "--tokens must be 1 or more"), (["--top-p", "1.5"], "--top-p must be above 0, at most 1"),
-    (["--temperature", "-1"], "--temperature must not be negative"), (["--top-k", "0"], "--top-k must be 1 or more"),
+    (["--tokens", "0"], "--tokens: '0' is not a whole number from 1 on"), (["--top-p", "1.5"], "--top-p must be above 0, at most 1"),
+    (["--temperature", "-1"], "--temperature must be a number from 0 on"), (["--temperature", "nan"], "from 0 on"),
+    (["--top-k", "0"], "--top-k: '0' is not a whole number from 1 on"), (["--seed", "-1"], "--seed: '-1'"),
     (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
 ])
 def test_bad_arguments_are_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample", "runs/none", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and message in (told := capsys.readouterr().err) and told.count("\n") == 1

@@ -1,35 +1,21 @@
 """How a bench is asked and how its answer begins. Light: torch is loaded where it is needed."""
-import argparse
 import os
 import shlex
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 
+from data import arguments
+from data.arguments import at_least as at_least
+
 
 class BenchError(ValueError):
     """What was asked for cannot be measured here; one line with the remedy."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and exit code 2."""
-
+class Parser(arguments.Parser):
     def __init__(self, subcommand: str, description: str):
-        super().__init__(prog=f"python -m scripts.bench {subcommand}", description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str):
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
-
-
-def at_least(least: int):
-    """An argparse type: a whole number from `least` on."""
-    def number(word: str) -> int:
-        if not word.isdecimal() or int(word) < least:
-            raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from {least} on")
-        return int(word)
-    return number
+        super().__init__(f"python -m scripts.bench {subcommand}", description)
 
 
 def one_device():

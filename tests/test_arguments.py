@@ -1,0 +1,45 @@
+"""Mistakes on the command lines of data/ and of the programs over models."""
+import runpy
+import sys
+
+import pytest
+
+
+def run(program, arguments, monkeypatch) -> int:
+    """The exit code of `python -m program arguments`."""
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    monkeypatch.delitem(sys.modules, program, raising=False)        # or runpy warns
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(program, run_name="__main__")
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("program, arguments, message", [
+    ("data.demo", ["--outt", "x"], "unrecognized arguments: --outt x"),
+    ("data.download", ["fineweb10B", "--shards", "-1"], "argument --shards: '-1' is not a whole number from 0 on"),
+    ("data.download", ["fineweb10B"], "give a corpus and --shards N, or --for FILE"),
+    ("data.show", [], "the following arguments are required: path"),
+    ("data.show", ["x.bin", "--count", "0"], "argument --count: '0' is not a whole number from 1 on"),
+    ("data.tokenise", ["text"], "the following arguments are required: --out"),
+    ("data.tokenise", ["text", "--out", "x", "--held-out", "2.5"], "'2.5' is neither a share below 1 nor a number"),
+    ("data.tokenise", ["text", "--out", "x", "--held-out", "many"], "'many' is neither a share below 1 nor a number"),
+    ("data.tokenise", ["text", "--out", "x", "--name", "a/b"], "'a/b' is no beginning of a file name"),
+    ("data.tokenise", ["text", "--out", "x", "--name", "*"], "'*' is no beginning of a file name"),
+    ("scripts.export", ["run"], "the following arguments are required: --out"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(program, arguments, message, monkeypatch, capsys):
+    assert run(program, arguments, monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("error: ") and message in told and f"(see python -m {program} --help)" in told
+
+
+@pytest.mark.parametrize("program, arguments", [
+    ("data.demo", []), ("data.download", ["fineweb10B", "--shards", "0"]),
+    ("data.tokenise", ["here.txt", "--tokenizer", "bytes"])])
+def test_a_file_where_the_folder_is_to_be_is_one_line(program, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("text")
+    assert run(program, [*arguments, "--out", "here.txt"], monkeypatch) == 2
+    assert capsys.readouterr().err == "error: --out here.txt: no folder can be made there (is a file); choose another\n"
+    assert (tmp_path / "here.txt").read_text() == "text"
