@@ -42,10 +42,12 @@ def test_a_preset_says_where_it_is_from_and_agrees_with_the_schema(name):
     head = content[:content.index("\nextends:")]
     assert head.startswith("# yaml-language-server: $schema=../../schema.json\n# torchrun ")
     assert f"train.py --config records/track3/{name}.yaml\n" in head
-    assert ("UNTUNED" in head) == ("Published" not in head) == (name in UNTUNED)
-    assert re.search("Uncertain|by its README's rule|outside the track's rules", head)
-    shards = -(-plain.ROWS[name].steps // 190)            # 190 steps take a shard of FineWeb
-    assert f"{shards} shards" in head
+    said = dict(re.findall(r"^# (source|published|data|uncertain|differs): (.*)$", head, re.M))
+    assert ("UNTUNED" in head) == (said["published"] == "nothing: nobody has this row") == (name in UNTUNED)
+    steps = plain.ROWS[name].steps
+    assert name in UNTUNED or f" at step {steps} (n=" in said["published"]
+    assert said["data"] == f"{-(-steps // 190)} shards of FineWeb-10B"        # 190 steps take a shard
+    assert said["source"] and said["uncertain"]
     SCHEMA.validate(unlabelled(read_text(content, name)))
     assert preset(name).name == f"track3-{name}"
 
