@@ -3,9 +3,9 @@
     make reproduce RECORD=04-muon [GPUS=8] [SEEDS=4] [ARGS="key=value ..."]
     python -m scripts.reproduce track3/normuon --gpus 8 --seeds 4 key=value ...
 
-RECORD is the name of a preset in configs/records/. Every stage says what it does and with which command; the first that
-fails ends it with its exit code. The same command again goes on where it stopped: shards that are there are not fetched,
-an interrupted run continues from its last checkpoint, finished seeds are not trained again.
+RECORD is the name of a preset in configs/records/. Every stage says what it does and with which command; the first
+that fails ends it with its exit code. The same command again goes on where it stopped: shards that are there are not
+fetched, an interrupted run continues from its last checkpoint, finished seeds are not trained again.
 
 Runs lie in <runs_dir>/reproduce/<preset>/<machine>-<code>/, <code> a digest of the sources, the device and torch's
 version, so that after a change to the code or on another machine all seeds are run anew.
