@@ -1,0 +1,111 @@
+"""Run a sweep: every trial of a YAML file, packed onto this machine, and what they reached.
+
+    python -m scripts.sweep configs/sweeps/lr.yaml                       # again: continues, finished trials are skipped
+    python -m scripts.sweep configs/sweeps/lr.yaml --jobs 2              # two at once, each with half of the cores
+    python -m scripts.sweep configs/sweeps/lr.yaml --gpus-per-trial 2
+    python -m scripts.sweep configs/sweeps/lr.yaml --dry-run | --table   # what it would do; the ranking so far
+
+The file is one of Weights & Biases' (docs/sweeps.md). Results: runs/sweeps/<file name>/results.jsonl. Ctrl-C or SIGTERM
+has the trials save; the next call continues them. Exit code 0: all trials ended with a result, 1: some failed,
+2: refused before anything started, 75: stopped by a signal.
+"""
+import argparse
+import fcntl
+import sys
+from pathlib import Path
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.sweep", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a sweep file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="its folder; default runs/sweeps/<file name>")
+    for name, what in (("jobs", "trials at once, at most"), ("cores-per-trial", "on a CPU; default all of them / jobs"),
+                       ("gpus-per-trial", "default 1; above it trials run under torchrun")):
+        parser.add_argument(f"--{name}", type=count, metavar="N", help=what)
+    parser.add_argument("--dry-run", action="store_true", help="check every trial and say what would run")
+    parser.add_argument("--table", action="store_true", help="print the ranking of what is finished")
+    return parser.parse_args(argv)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return int(text)
+
+
+def main(argv: list[str]) -> int:
+    # ------------------------------------------------------------ 1. the file, and every trial of it
+    args = arguments(argv)
+    from harness.processes import EXIT_REQUEUE
+    from scripts.sweep import file, pack, plan
+    from scripts.sweep.results import FINAL, row, status_of, table, write_results
+    from scripts.sweep.run import run
+    from scripts.sweep.show import Show
+    sweep = file.read(args.file)
+    out = args.out or Path("runs/sweeps") / args.file.stem
+    trials = plan.plan(sweep, out)
+    if args.table:
+        print(table([row(trial, out) for trial in trials], sweep))
+        return 0
+
+    # ------------------------------------------------------------ 2. the machine
+    slots = pack.slots(args.jobs, args.cores_per_trial, args.gpus_per_trial, pack.gpus_here(), pack.cores_here())
+    done = sum(status_of(trial) in FINAL for trial in trials)
+    configurations = len({plan.configuration_id(trial.configuration) for trial in trials})
+    heading = (f"{out}: {len(trials)} trials of {configurations} configurations, {done} done already; {len(slots)} at "
+               f"once on {', '.join(map(str, slots))}")
+    if args.dry_run:
+        print(heading)
+        for trial in trials:
+            print(f"{trial.name}  {status_of(trial):<10}  seed {trial.config.seed}  "
+                  f"{plan.in_words(trial.configuration)}" + ("  (baseline)" if trial.is_baseline else ""))
+        return 0
+
+    # ------------------------------------------------------------ 3. the trials
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")                                   # given back however we end
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise file.ConfigError(f"{out}: another process is running this sweep") from None
+    rows = {trial.name: row(trial, out) for trial in trials}
+    write_results(list(rows.values()), out)
+    show = Show(len(trials))
+    show.say(heading)
+
+    def changed(trial: plan.Trial, what: str) -> None:
+        rows[trial.name] = row(trial, out)
+        write_results(list(rows.values()), out)
+        loss = rows[trial.name]["val_loss"]
+        show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {plan.in_words(trial.configuration)}: {what}"
+                 + (f", val_loss {loss:.4f}" if what == "finished" else ""))
+
+    try:
+        complete = run(trials, slots, out, changed, show.look)
+    finally:
+        show.close()
+
+    # ------------------------------------------------------------ 4. the end
+    print(table(list(rows.values()), sweep))
+    if not complete:
+        print(f"stopped by a signal; the same command continues it ({out})")
+        return EXIT_REQUEUE
+    failed = [each for each in rows.values() if each["status"] not in FINAL]
+    for each in failed:
+        print(f"error: trial {each['trial']}: {each['status']}; {each['error'] or 'it did not end'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def entry(argv: list[str]) -> int:
+    try:
+        return main(argv)
+    except ValueError as error:                 # our own refusals are subclasses of it: ConfigError, ShardError, ...
+        if type(error).__module__.split(".")[0] not in ("scripts", "harness", "data", "optim", "model"):
+            raise
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(entry(sys.argv[1:]))

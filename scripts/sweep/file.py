@@ -1,0 +1,235 @@
+"""A sweep file: the YAML that `wandb sweep` takes, and four keys of our own.
+
+    method: grid                        # or random; everything but `base`, `seeds`, `budget`, `baseline` is wandb's
+    base: demo/muon.yaml                # the preset; in wandb's own words: parameters: {config: {value: ...}}
+    seeds: [0, 1, 2]                    # every configuration runs with each; wandb's: parameters: {seed: {values: ...}}
+    budget: 20                          # random: configurations to draw for each preset; run_cap counts trials
+    baseline: {optim.hidden.lr: 0.02}   # one more configuration, which the table compares the others to
+    metric: {name: val/loss, goal: minimize}
+    parameters:
+      optim.hidden.lr: {distribution: log_uniform_values, min: 0.005, max: 0.08}
+      model: {parameters: {layers: {values: [2, 4]}}}               # nested or dotted, as one likes
+
+At the top wandb warns of our keys and goes on; under `controller`, beside its `type`, its schema lets them pass.
+"""
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from harness.yaml_tree import ConfigError, Tree, origin_of, plain, read_text
+from scripts.sweep.draw import Parameter, drawn, grid, parameter
+
+OURS = ("base", "seeds", "budget", "baseline")
+READ = ("method", "metric", "parameters", "run_cap", "controller")
+WANDBS = ("program", "command", "name", "description", "project", "entity", "apiVersion", "kind")   # nothing to us
+REFUSED = {
+    "early_terminate": "trials run to their end here, or their last losses could not be compared; remove it",
+    "scheduler": "only grid and random search are here; remove it, and use method: grid or random",
+    "metrics": "one metric ranks a sweep; write metric",
+    "job": "wandb's Launch is not here; remove it", "image_uri": "wandb's Launch is not here; remove it"}
+
+# What wandb calls it, or our summary does -> the key of a result.
+METRICS = {"val/loss": "val_loss", "val/loss_avg": "val_loss_avg"} | {key: key for key in (
+    "val_loss", "val_loss_avg", "target_step", "target_train_s", "train_s", "tokens_per_s")}
+TRIES_A_DRAW = 100                      # before a random search says that it has no more configurations
+
+
+class Configuration(NamedTuple):
+    base: str                           # a preset
+    parameters: dict[str, Any]          # dotted key -> value, laid over it
+
+
+class Sweep(NamedTuple):
+    path: Path
+    method: str                         # grid or random
+    parameters: tuple[Parameter, ...]   # without config and seed
+    bases: tuple[str, ...]
+    seeds: tuple[int, ...]              # () for the one that the preset has
+    budget: int | None                  # configurations to draw for each preset
+    run_cap: int | None                 # trials
+    baseline: Configuration | None
+    metric: str                         # key of a result
+    maximize: bool
+
+
+def read(path: Path) -> Sweep:
+    """The sweep that a file describes.
+
+    Raises:
+        ConfigError: one line: file and line, which key, what is wrong, what to do.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    tree = read_text(text, str(path))
+
+    def refuse(problem: str, *keys: str) -> ConfigError:
+        return ConfigError(f"{getattr(origin_of(tree, keys), 'place', path)}: {'.'.join(keys)}: {problem}")
+
+    _same_for_wandb(text, tree, refuse)
+    for key in tree:
+        if key in REFUSED:
+            raise refuse(REFUSED[key], key)
+        if key not in (*OURS, *READ, *WANDBS):
+            raise refuse(f"no such key; there are {', '.join((*READ, *OURS))}, and of wandb's alone "
+                         f"{', '.join(WANDBS)}", key)
+    said = plain(tree)
+    beside = said.get("controller", {})
+    if not isinstance(beside, dict) or beside.keys() - {"type", *OURS}:
+        raise refuse(f"expected a mapping of type, {', '.join(OURS)}", "controller")
+    if twice := [key for key in OURS if key in said and key in beside]:
+        raise refuse("is there twice, at the top and under controller; remove one", twice[0])
+    own = {key: value for key, value in {**beside, **said}.items() if key in OURS}
+    where = {key: (key,) if key in said else ("controller", key) for key in own}
+
+    method = said.get("method")
+    if method not in ("grid", "random"):
+        raise refuse(f"expected grid or random, got {method!r}", "method")
+    parameters = _parameters(said.get("parameters"), ("parameters",), refuse)
+    if twice := [key for key in parameters if key in ("trials", "runs_dir", "name")]:
+        raise refuse("the sweep itself sets it for its trials; remove it", "parameters", twice[0])
+    bases = _fixed(parameters, "config", refuse)
+    if ("base" in own) == bool(bases):
+        raise refuse("there twice, in base and in parameters.config; remove one", *where["base"]) if bases else \
+            ConfigError(f"{path}: no preset; write base: demo/muon.yaml, or parameters: {{config: {{value: ...}}}}")
+    bases = bases or [own["base"]]
+    if not all(isinstance(base, str) for base in bases):
+        raise refuse("expected the name of a preset", *where.get("base", ("parameters", "config")))
+    seeds = _fixed(parameters, "seed", refuse)
+    if "seeds" in own and seeds:
+        raise refuse("there twice, in seeds and in parameters.seed; remove one", *where["seeds"])
+    at, seeds = where.get("seeds", ("parameters", "seed")), own.get("seeds", seeds)
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise refuse("expected a list of whole numbers, like [0, 1, 2]", *at)
+    if len(set(seeds)) < len(seeds):
+        raise refuse("names one twice: equal seeds give equal runs, not a second sample", *at)
+    run_cap, budget = said.get("run_cap"), own.get("budget")
+    for value, at in ((run_cap, ("run_cap",)), (budget, where.get("budget", ()))):
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise refuse(f"expected a whole number from 1 on, got {value!r}", *at)
+    if method == "grid" and budget is not None:
+        raise refuse("a grid runs all that it holds; remove it, or take method: random", *where["budget"])
+    if method == "random":
+        each = max(1, len(seeds)) * len(bases)              # trials of a draw
+        if budget is None and run_cap is None:
+            raise refuse("random draws for ever; write budget (configurations) or run_cap (trials)", "method")
+        if (run_cap or each) < each:
+            raise refuse(f"{run_cap} trials, but one draw is {each}: every preset with every seed", "run_cap")
+        budget = min(budget or run_cap, (run_cap or each * budget) // each)
+    metric, maximize = _metric(said.get("metric"), refuse)
+    baseline = own.get("baseline")
+    if baseline is not None:
+        if not isinstance(baseline, dict) or baseline.keys() & {"seed", "seeds"}:
+            raise refuse("expected a mapping of dotted keys to values, without a seed; {} is the preset itself",
+                         *where["baseline"])
+        keys = {key: value for key, value in baseline.items() if key != "config"}
+        baseline = Configuration(baseline.get("config", bases[0]), keys)
+    return Sweep(path, method, tuple(parameters.values()), tuple(bases), tuple(seeds), budget, run_cap, baseline,
+                 metric, maximize)
+
+
+def _same_for_wandb(text: str, tree: Tree, refuse) -> None:
+    """Refuse what wandb's reader, which follows YAML 1.1, takes for something else: 3e-4 for text, off for False."""
+    def differ(ours, theirs, path):
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            for key, value in ours.items():
+                differ(value, theirs.get(key), (*path, key))
+        elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+            for position, value in enumerate(ours):
+                differ(value, theirs[position], (*path, position))
+        elif type(ours) is not type(theirs) or ours != theirs:
+            hint = "; write 3.0e-4 for 3e-4" if isinstance(ours, float) else "; put it in quotes"
+            place = getattr(origin_of(tree, path), "place", "")
+            raise ConfigError(f"{place}: {'.'.join(map(str, path))}: {ours!r} is {theirs!r} to wandb{hint}")
+    try:
+        theirs = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return
+    differ(plain(tree), theirs, ())
+
+
+def _parameters(said: Any, path: tuple, refuse, above: str = "") -> dict[str, Parameter]:
+    """Dotted key -> parameter, of a mapping that may nest."""
+    if not isinstance(said, dict) or not said:
+        raise refuse("expected a mapping of parameters", *path)
+    found = {}
+    for name, item in said.items():
+        here, key = (*path, name), f"{above}{name}"
+        if not isinstance(item, dict):
+            raise refuse(f"expected a mapping like {{value: {item!r}}}", *here)
+        if item.keys() == {"parameters"}:
+            below = _parameters(item["parameters"], (*here, "parameters"), refuse, f"{key}.")
+        else:
+            try:
+                below = {key: parameter(key, item)}
+            except ValueError as error:
+                raise refuse(str(error), *here) from None
+        if twice := below.keys() & found.keys():
+            raise refuse(f"{min(twice)} is there twice, dotted and nested; remove one", *here)
+        found |= below
+    return found
+
+
+def _fixed(parameters: dict[str, Parameter], key: str, refuse) -> list:
+    """The values of `key`, which is taken out: the sweep runs through them, it draws none."""
+    taken = parameters.pop(key, None)
+    if taken is None:
+        return []
+    if taken.distribution not in ("constant", "categorical"):
+        raise refuse("expected value or values", "parameters", key)
+    return grid(taken)
+
+
+def _metric(said: Any, refuse) -> tuple[str, bool]:
+    said = {"name": "val_loss"} if said is None else said
+    if not isinstance(said, dict) or "name" not in said:
+        raise refuse("expected {name: val/loss, goal: minimize}", "metric")
+    if said.keys() - {"name", "goal", "impute", "impute_while_running"}:
+        key = min(said.keys() - {"name", "goal", "impute", "impute_while_running"})
+        raise refuse("every trial runs, whatever others reach; remove it" if key == "target" else "no such key",
+                     "metric", key)
+    if said["name"] not in METRICS:
+        raise refuse(f"no {said['name']!r}; there are {', '.join(METRICS)}", "metric", "name")
+    goal = said.get("goal", "minimize")
+    if goal not in ("minimize", "maximize"):
+        raise refuse(f"expected minimize or maximize, got {goal!r}", "metric", "goal")
+    return METRICS[said["name"]], goal == "maximize"
+
+
+def configurations(sweep: Sweep) -> list[Configuration]:
+    """All that the sweep tries, the baseline first; a larger budget only adds to them.
+
+    Raises:
+        ConfigError: a parameter has no grid, or the budget is larger than what there is to draw.
+    """
+    found = [sweep.baseline] if sweep.baseline else []
+    for base in sweep.bases:
+        found += _gridded(sweep, base) if sweep.method == "grid" else _drawn(sweep, base)
+    return [each for position, each in enumerate(found) if each not in found[:position]]
+
+
+def _gridded(sweep: Sweep, base: str) -> list[Configuration]:
+    values = []
+    for each in sweep.parameters:
+        try:
+            values.append(grid(each))
+        except ValueError as error:
+            raise ConfigError(f"{sweep.path}: parameters.{each.key}: {error}") from None
+    keys = [each.key for each in sweep.parameters]
+    return [Configuration(base, dict(zip(keys, point))) for point in product(*values)]
+
+
+def _drawn(sweep: Sweep, base: str) -> list[Configuration]:
+    """Different ones: what was drawn before is drawn again."""
+    found = []
+    for number in range(sweep.budget * TRIES_A_DRAW):
+        point = Configuration(base, {each.key: drawn(each, number) for each in sweep.parameters})
+        if point not in found:
+            found.append(point)
+        if len(found) == sweep.budget:
+            return found
+    raise ConfigError(f"{sweep.path}: {sweep.budget * TRIES_A_DRAW} draws have only {len(found)} different "
+                      f"configurations, budget is {sweep.budget}; lower it, or take method: grid")

@@ -1,0 +1,107 @@
+"""The trials of a sweep: each a complete configuration with one seed, all checked before the first one starts.
+
+A trial's name is the identity of its configuration (harness/config.py): equal for what describes the same run, whatever
+the sweep file is called and however the values are written. It has the folder trials/<name>/ of the sweep's:
+
+    trial.yaml       the resolved configuration
+    output.txt       what it printed
+    failure.json     status, exit code and last line of an attempt that failed; gone when another begins
+    <run directory>  made by train.py
+"""
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.loader import open_data
+from data.shards import ShardError
+from harness import preflight
+from harness.config import Config, config_identity, to_yaml
+from harness.load import ConfigError, load
+from harness.rundir import write_text
+from model.gpt import GPT
+from optim.groups import GroupError
+from scripts.sweep.file import Configuration, Sweep, configurations
+
+MOST_PROBLEMS = 10                      # lines of a refusal
+
+
+class Trial(NamedTuple):
+    name: str                           # 16 hex digits
+    folder: Path
+    configuration: Configuration
+    is_baseline: bool
+    config: Config                      # its seed and runs_dir too
+
+
+def plan(sweep: Sweep, out: Path) -> list[Trial]:
+    """Every trial, all configurations with the first seed before any with the second.
+
+    Raises:
+        ConfigError: a line for each problem, with the parameters that have it.
+    """
+    found, problems, checked = {}, {}, set()
+    for seed in sweep.seeds or (None,):
+        for each in configurations(sweep):
+            words = [f"{key}={json.dumps(value)}" for key, value in each.parameters.items()]
+            try:
+                config = load(each.base, [*words, *([] if seed is None else [f"seed={seed}"]), "trials=1"]).config
+                _check(config, sweep, checked)
+            except (ConfigError, GroupError, ShardError) as error:
+                for line in str(error).splitlines():
+                    problems.setdefault(line, each)
+                continue
+            name = config_identity(config)
+            folder = out / "trials" / name
+            if name not in found:
+                found[name] = Trial(name, folder, each, each == sweep.baseline, replace(config, runs_dir=str(folder)))
+            elif found[name].is_baseline:                             # with the words that say more
+                found[name] = found[name]._replace(configuration=each)
+            else:
+                problems.setdefault(f"{in_words(found[name].configuration)} and {in_words(each)} describe the same run",
+                                    each)
+    if problems:
+        lines = [f"{sweep.path}: {line} (of {in_words(each)})" for line, each in problems.items()]
+        more = [f"{sweep.path}: and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
+        raise ConfigError("\n".join(lines[:MOST_PROBLEMS] + more))
+    return list(found.values())[:sweep.run_cap]
+
+
+def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:
+    """What train.py would refuse in the end: the metric, the model, the data."""
+    if sweep.metric == "val_loss_avg" and config.average is None:
+        raise ConfigError("metric val_loss_avg, but there is no average; set average, or rank by val/loss")
+    if sweep.metric.startswith("target") and config.target_val_loss is None:
+        raise ConfigError(f"metric {sweep.metric}, but there is no target_val_loss; set it, or rank by val/loss")
+    with torch.device("meta"):
+        sketch = GPT(config.model, config.seq_len)
+    preflight.check(config, sketch)
+    data = repr((config.data, config.seq_len, config.val_tokens, config.model.vocab_size, config.steps,
+                 config.batch_tokens))
+    if data not in checked:
+        train, _ = open_data(config.data, config.seq_len, config.val_tokens, config.model.vocab_size,
+                             [config.batch_tokens] * config.steps)
+        train.check_enough(config.steps, config.batch_tokens)
+        checked.add(data)
+
+
+def in_words(configuration: Configuration) -> str:
+    """`demo/muon.yaml optim.hidden.lr=0.02`"""
+    return " ".join([configuration.base, *(f"{key}={value}" for key, value in configuration.parameters.items())])
+
+
+def configuration_id(configuration: Configuration) -> str:
+    """8 hex digits that the seeds of a configuration share."""
+    said = json.dumps([configuration.base, configuration.parameters], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
+
+
+def write(trial: Trial) -> Path:
+    """Its trial.yaml, for train.py."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    path = trial.folder / "trial.yaml"
+    write_text(path, to_yaml(trial.config))
+    return path

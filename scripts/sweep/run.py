@@ -1,0 +1,136 @@
+"""Trials as processes: one to a slot, retried once, stopped and continued by the trainer's own exit code."""
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.processes import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_REQUEUE
+from harness.rundir import PROJECT, write_text
+from scripts.sweep.pack import Slot
+from scripts.sweep.plan import Trial, write
+from scripts.sweep.results import FINAL, status_of
+
+ATTEMPTS = 2                            # of a trial that crashes, in one call of the sweep
+LOOK_EVERY_S = 0.2
+PR_SET_PDEATHSIG = 1                    # <sys/prctl.h>
+
+
+@dataclass
+class Going:
+    trial: Trial
+    slot: Slot
+    attempt: int
+    process: subprocess.Popen
+    since: float = field(default_factory=time.monotonic)
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGUSR1 ask every trial to save and end; a second one ends them at once."""
+
+    def __init__(self):
+        self.count = 0
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+
+    def _note(self, number, frame) -> None:
+        self.count += 1
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Trial, str], None],
+        look: Callable[[list[Going], int], None]) -> bool:
+    """Run what is not finished yet; whether all of it was tried (False: a signal came first).
+
+    Args:
+        changed: called with a trial and what became of it, in words, whenever its status changes.
+        look: called with the running trials and the number of waiting ones, five times a second.
+    """
+    waiting = [(trial, 1) for trial in trials if status_of(trial) not in FINAL]
+    going, told, free = [], 0, list(slots)
+    signals = Signals()
+    try:
+        while waiting and not signals.count or going:
+            for trial, attempt in list(waiting) if free and not signals.count else ():
+                status = status_of(trial)
+                if status == "running" or not free:                   # left over from a killed sweep: it will end
+                    continue
+                waiting.remove((trial, attempt))
+                if status in FINAL:
+                    changed(trial, status.replace("_", " "))
+                    continue
+                going.append(_start(trial, free.pop(0), attempt, out))
+                changed(trial, f"started on {going[-1].slot}" + (", once more" if attempt > 1 else ""))
+            time.sleep(LOOK_EVERY_S)
+            if signals.count > told:
+                told = signals.count
+                for each in going:
+                    os.kill(each.process.pid, signal.SIGTERM) if told == 1 else os.killpg(each.process.pid,
+                                                                                         signal.SIGKILL)
+            for each in [each for each in going if each.process.poll() is not None]:
+                going.remove(each)
+                free = sorted([*free, each.slot])
+                status, again = _ended(each, bool(signals.count))
+                if again:
+                    waiting.insert(0, (each.trial, each.attempt + 1))
+                changed(each.trial, status)
+            look(going, len(waiting))
+    finally:
+        for each in going:                                            # an error of our own: nobody is left alone
+            os.kill(each.process.pid, signal.SIGTERM)
+        signals.close()
+    return not signals.count
+
+
+def _start(trial: Trial, slot: Slot, attempt: int, out: Path) -> Going:
+    config = write(trial)
+    (trial.folder / "failure.json").unlink(missing_ok=True)
+    environment = slot.environment(out)
+    if attempt > 1:                                                   # a damaged cache may be why it crashed
+        shutil.rmtree(Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent, ignore_errors=True)
+    command = [sys.executable, *slot.launcher(), str(PROJECT / "train.py"), "--config", str(config),
+               "--resume", "auto"]
+    with open(trial.folder / "output.txt", "a") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, **environment}, start_new_session=True, preexec_fn=_settle(slot))
+    return Going(trial, slot, attempt, process)
+
+
+def _settle(slot: Slot) -> Callable[[], None]:
+    """For the new process, before it becomes the trial: its cores, and SIGTERM should we be killed."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def settle():
+        if slot.cores:
+            os.sched_setaffinity(0, slot.cores)
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:                                # killed already
+                os._exit(EXIT_REQUEUE)
+    return settle
+
+
+def _ended(going: Going, stopping: bool) -> tuple[str, bool]:
+    """(What became of it, whether to try again.) Under torchrun every exit code of a failure is 1: its files say."""
+    trial, code, status = going.trial, going.process.returncode, status_of(going.trial)
+    if status in FINAL:
+        return status.replace("_", " "), False
+    if stopping or code == EXIT_REQUEUE:
+        return "stopped", not stopping and going.attempt < ATTEMPTS
+    said = [line for line in (trial.folder / "output.txt").read_text(errors="replace").splitlines() if line.strip()]
+    kind = {EXIT_BAD_INPUT: "refused", EXIT_NOT_FINITE: "not_finite"}.get(code, "crashed")
+    again = kind == "crashed" and going.attempt < ATTEMPTS
+    error = f"exit code {code}: {said[-1].strip() if said else 'it printed nothing'}"
+    write_text(trial.folder / "failure.json", json.dumps(dict(status=kind, code=code, error=error)) + "\n")
+    return f"{kind}, {error} ({trial.folder / 'output.txt'})", again
