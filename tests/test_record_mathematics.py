@@ -15,6 +15,8 @@ LADDER = {"2024-11-06/0-baseline": 8, "2024-11-06/1-value-residual": 8.1, "2024-
 RECORD = {"01-llmc": 1, "02-adamw": 2, "04-muon": 4, "05-modern-arch": 5, "06-distributed-muon": 6, "07-pytorch-2.5": 7,
           "08-untie-embed": 8, "09-shortcuts": 9, "10-cast-bf16": 10, "11-unet": 11, **LADDER}
 COMPARISON = {f"2024-10-29/{rule}": rule for rule in ("muon", "adam", "shampoo", "soap")}
+# The month whose loader a record ran on; record 1 shuffled, and takes one stream here.
+ORDER = {1: "continuous", 2: "2024-06"}
 PARTS = {"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.out": "o", "mlp.up": "up", "mlp.down": "down",
          "attn_norm": "ln1", "mlp_norm": "ln2"}
 ONCE = {"embed.weight": "wte", "pos.weight": "wpe", "head.weight": "head", "head_norm.gain": "lnf",
@@ -84,8 +86,10 @@ def both(preset: str, folder, dtype: torch.dtype) -> tuple[list[float], list[flo
         weights, ours = runs.losses_of(config, dtype)
         _, warmup, warmdown = track1.STEPS[record]
         warmup = track1.WARMUP_OF_COMPARISON[rule] if rule else warmup
-        theirs = track1.train(record, in_the_transcription(weights, layers), batches(folder, config.data.order), layers,
-                              2, runs.VOCAB, runs.STEPS, warmup and runs.WARMUP, warmdown and runs.WARMDOWN, runs.RAMP,
+        assert len(weights["embed.weight"]) == (runs.VOCAB if record in (2, 4) else runs.PADDED)
+        order = ORDER.get(record, "2024-10")
+        theirs = track1.train(record, in_the_transcription(weights, layers), batches(folder, order), layers, 2,
+                              runs.VOCAB, runs.STEPS, warmup and runs.WARMUP, warmdown and runs.WARMDOWN, runs.RAMP,
                               runs.CLIP * track1.CLIP, rule)
     return ours, theirs
 

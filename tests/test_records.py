@@ -15,15 +15,13 @@ from harness.preflight import table_of
 from model.gpt import GPT
 from scripts import records
 from tests.conftest import ROOT, train_here
-from tests.test_record_mathematics import COMPARISON, RECORD
+from tests.test_record_mathematics import COMPARISON, ORDER, RECORD
 from tests.transcriptions import track1
 from tests.transcriptions.loader import places_by_rank
 
 PRESETS = {**RECORD, **dict.fromkeys(COMPARISON, 7)}
 HIDDEN = {"q", "k", "v", "attn_out", "mlp_in", "mlp_out"}
 LAYERS = 12 * 768 * 768 * 12                     # q, k, v, attn_out and two of 768 x 3072 in each of 12 layers
-# The month whose loader a record ran on; record 1 shuffled, and takes one stream here.
-ORDER = {1: "continuous", 2: "2024-06"}
 SPECTRAL = {"hidden": 1, "mlp_in": 2}            # Muon's shape factor from record 8 on: √(rows/cols) where above 1
 RMS1 = {"hidden": 768 ** 0.5, "mlp_in": 3072 ** 0.5, "mlp_out": 3072 ** 0.5}      # records 4 to 7: √max(rows, cols)
 
@@ -103,6 +101,26 @@ def test_the_ladder_ends_at_record_9_and_every_rung_adds_one_thing():
     parts = [{**{k: v for k, v in vars(rung.model).items()}, "momentum": rung.optim[0].scheduled} for rung in rungs]
     changed = [[key for key in before if before[key] != after[key]] for before, after in zip(parts, parts[1:])]
     assert changed == [["value_residual"], ["value_residual"], ["embed_shortcut"], ["momentum"], ["softcap"]]
+
+
+def test_a_network_has_the_records_parts():
+    """Also those that twenty steps do not tell apart: norms of queries and keys commute with rotations."""
+    for preset, record in PRESETS.items():
+        m = config_of(preset).model
+        assert (m.layers, m.width, m.heads, m.head_width) == ((12, 768, 12, 64) if record < 5 else (12, 768, 6, 128))
+        assert (m.vocab_size, m.vocab_rows) == (50257, 50257 if record in (2, 4) else 50304)
+        assert m.positions == ("learned" if record == 1 else "rotary") and m.loss_over_padding == (record > 1)
+        assert record == 1 or (m.rotary, m.rotary_base, m.norm) == ("full", 1e4, "rmsnorm")
+        assert m.norm_gain == m.biases == (record == 1)
+        assert m.norm_eps == (1e-6 if record in (2, 4) else None)
+        assert m.qk_norm == ("none" if record < 5 else "after_rotary" if record == 5 else "before_rotary")
+        assert m.activation == ("gelu_tanh" if record == 1 else "gelu" if record < 5 else "relu2")
+        assert math.isclose(m.attn_branch_scale, 24 ** -.5 if record in (2, 4) else 1, rel_tol=1e-15)
+        assert (m.tied, m.embed_norm) == (record < 8, record >= 8) and m.unet == (record >= 11)
+        assert m.value_residual == ("none" if record < 8.1 else "fixed" if record == 8.1 else "learned")
+        assert m.embed_shortcut == (record >= 8.3) and (m.softcap is not None) == (record >= 9)
+        assert m.attn_scale is m.window is None
+        assert record < 9 or (m.softcap.form, m.softcap.cap, m.softcap.before_cast) == ("tanh", 30, True)
 
 
 # ---------------------------------------------------------------- the order of tokens
