@@ -76,6 +76,7 @@ def test_without_a_band_only_the_end_point_is_judged(tmp_path, capsys):
     assert report.main([str(TRACK1), "--record", "11-unet", "--out", str(tmp_path / "r.svg")]) == 0
     said = capsys.readouterr().out
     assert "  3,000     3.2753  0.0040  3.2753 +0.0000  inside" in said
+    assert said.count(" +0.0000") == 7                        # it is the published run, to the last digit
     assert said.count("inside") == 2                          # in the table, and in words
     assert "inside 3 x 0.0040; earlier points are for the eye" in said
     assert "<svg" in (tmp_path / "r.svg").read_text()
