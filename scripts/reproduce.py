@@ -162,7 +162,10 @@ def train(path: Path, cfg, overrides: list[str], gpus: int, seeds: int, place: P
             raise Stopped("a loss or gradient was not finite, as said above; the same command begins anew",
                           EXIT_NOT_FINITE) from None
         raise stopped
-    return finished(place, cfg, seeds)
+    done = finished(place, cfg, seeds)
+    if len(done) < seeds:
+        raise Stopped(f"{len(done)} of {seeds} seeds are finished in {place}; see above")
+    return done
 
 
 # ---- 4. and 5. report and verdict

@@ -41,7 +41,8 @@ def archive(run: Path, launch: str) -> str:
              f"#     {launch}",
              f"mkdir {shlex.quote(run.name)} && cd {shlex.quote(run.name)} && mkdir -p {' '.join(folders)} || exit"]
     for name, file in {**files, Path("config.yaml"): run / "config.yaml"}.items():
-        content = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = file.read_text(encoding="utf-8")
+        content = text.removesuffix("\n").split("\n") if text else []
         if reserved := {RULE, END} & set(content):
             raise ExportError(f"{file}: has a line {reserved.pop()!r}, which ends a part of such a log; change it")
         lines += [f"cat > {name} <<'{END}'", *content, END]
@@ -107,18 +108,25 @@ def speedrun_log(run, form: str) -> str:
                       *steps]) + "\n"
 
 
-def check(path: Path, run, form: str) -> None:
-    """ExportError unless the file's validations are the run's, to the digits of the form, and its machine too."""
+def write_checked(out: Path, text: str, run, form: str) -> None:
+    """Write the text if its validations read back as the run's, to the digits of the form; else ExportError."""
     from scripts.logs import read
     loss_error, time_error = {"track1": (5.1e-5, 5.1e-4), "track3": (5.1e-6, 5.1e-4)}[form]
-    back = read(path)
-    same = back.form == form.replace("track", "track ") and back.planned_steps == run.planned_steps \
-        and [v.step for v in back.validations] == [v.step for v in run.validations] \
-        and all(abs(a.loss - b.loss) <= loss_error and abs(a.train_s - b.train_s) <= time_error
-                for a, b in zip(back.validations, run.validations))
-    if not same:
-        raise ExportError(f"{run.path}: its log does not read back to its numbers, so it is not written; does a line "
-                          "of its source begin with `step:` or `s:`?")
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        back = read(part)
+        same = (back.form == form.replace("track", "track ") and back.planned_steps == run.planned_steps
+                and [v.step for v in back.validations] == [v.step for v in run.validations]
+                and all(abs(a.loss - b.loss) <= loss_error and abs(a.train_s - b.train_s) <= time_error
+                        for a, b in zip(back.validations, run.validations)))
+        if not same:
+            raise ExportError(f"{run.path}: its log does not read back to its numbers, so it is not written; does a "
+                              "line of its source begin with `step:` or `s:`?")
+        part.replace(out)
+    finally:
+        if part.exists():
+            part.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,23 +138,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run_path = args.run.resolve()
     out = args.out or args.run / f"{run_path.name}.txt"
-    part = out.with_name(f".{out.name}.part")
     try:
         from scripts.logs import LogError, read              # torch is loaded here
         try:
             run = read(run_path)
             text = speedrun_log(run, args.form)
-            part.write_text(text, encoding="utf-8")
-            check(part, run, args.form)
-            part.replace(out)
+            write_checked(out, text, run, args.form)
         except LogError as error:
             raise ExportError(str(error)) from None
         except (KeyError, UnicodeDecodeError) as error:
             raise ExportError(f"{args.run}: a damaged run directory ({error!r})") from None
         except OSError as error:
             raise ExportError(f"{error.filename or out}: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
