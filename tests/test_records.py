@@ -3,6 +3,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,18 +71,17 @@ def test_a_header_that_does_not_say_enough_is_refused(damage, message, tmp_path)
         records.read(tmp_path / "x.yaml")
 
 
-@pytest.mark.skipif(not (ROOT / "../shared/reference/curves.json").exists(), reason="the published curves are not here")
-def test_published_numbers_are_those_of_the_logs():
-    curves = json.loads((ROOT / "../shared/reference/curves.json").read_text())
+def test_published_numbers_are_those_of_the_published_curves():
+    curves = [json.loads(path.read_text()) for path in (records.FOLDER / "curves").glob("*.json")]
     for preset in records.presets():
-        key, _, log = preset.source.split()[0].removeprefix("track_1_short/").rpartition("/")
-        found = [curve for name, curve in curves.items() if name.startswith(key) and curve["source_log"] == log]
-        assert len(found) == 1 and found[0]["tokens_per_step"] == 524_288, preset.path
-        steps, losses, p = found[0]["steps"], found[0]["val_loss"], preset.published
-        assert int(p["step"]) == steps[-1] and abs(float(p["loss"]) - losses[-1]) < 6e-5
-        assert abs(float(p["first"]) - losses[0]) < 6e-5
-        if ms := (found[0]["train_time_ms"] or [None])[-1]:          # ten steps before the clock starts
-            assert abs(ms / (steps[-1] - 10) - float(p["ms"])) < 0.06
+        name = load(str(preset.path)).config.name
+        curve, = (curve for curve in curves if name in curve["presets"])
+        assert Path(preset.source.split()[0]).name in curve["source"], name
+        p, step = preset.published, curve["steps"][-1]
+        assert (int(p["step"]), p["loss"]) == (step, f"{curve['val_loss'][-1]:.4f}"), name
+        assert p["first"] == f"{curve['val_loss'][0]:.4f}", name
+        amount, unit = p["time"].split()
+        assert math.isclose(float(amount) * {"min": 60, "s": 1}[unit], step * float(p["ms"]) / 1000, rel_tol=.016), name
 
 
 def test_a_run_has_the_records_steps_batch_and_validation(tables):
