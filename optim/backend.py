@@ -5,7 +5,8 @@
     torch     torch: compiled where the run compiles its updates
 
 The choice holds for the process, as torch's own switches do; a run makes it once and announces it. It changes rounding
-and no more. Triton is imported only when it is chosen.
+and no more. Triton is imported only when it is chosen. On a GPU its kernels are for bfloat16 and float16: products in
+float32 stay torch's, for no matrix unit makes exact ones, and the kernel would spill.
 """
 import importlib.util
 import os
@@ -48,20 +49,38 @@ def why_not_triton(device: torch.device) -> str:
         return f"the kernels failed their check ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
 
 
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are in use for matrices of this type there."""
+    return chosen == "triton" and (dtype.itemsize == 2 if device.type == "cuda" else interpreted())
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, as tests have it do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check(device: torch.device) -> str:
-    """Compare the kernels with float64 on a small product; empty if they agree, within what rounding may do."""
+    """Compare the kernels with float64 on small matrices, the products in all of the device's configurations; empty
+    if they agree, within what rounding may do."""
+    from optim.kernels import passes
+    from optim.kernels.configurations import launches
     from optim.kernels.symmetric import reference, symmetric_product as kernel
     dtype = torch.float16 if interpreted() else torch.bfloat16
     X = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    for P in (X, X.mT):
-        C = kernel(P, P, P @ P.mT, 0.5, -2.0)
-        exact = reference(P, P, P @ P.mT, 0.5, -2.0)
-        error = ((C.double() - exact).norm() / exact.norm()).item()
+    pairs = []                                  # (by the kernels, in float64)
+    for launch in launches(torch.cuda.get_device_capability(device)) if device.type == "cuda" else (None,):
+        for P in (X, X.mT):
+            D = P @ P.mT
+            pairs.append((kernel(P, P, D, 0.5, -2.0, launch=launch), reference(P, P, D, 0.5, -2.0)))
+    G, M, half, keep = X.float(), X.flip(1).float(), X.new_tensor(0.5, dtype=torch.float64), X.new_ones((), dtype=bool)
+    exact = passes.reference(None, G, M, 0.5, True, True)
+    O = passes.momentum_and_norm(G, M, half, True, True, 1.0, dtype, None, keep)
+    pairs += zip((M, O), exact)
+    before = exact[1].flip(1).float()           # as large as O, so that a wrong step shows
+    passes.step_and_decay(W := before.clone(), O, half, 1.5, half, keep)
+    pairs.append((W, 0.5 * before.double() - 0.75 * exact[1]))
+    for value, exact in pairs:
+        error = ((value.double() - exact).norm() / exact.norm()).item()
         if not error < 1e-2:                    # NaN is not either
             return f"the kernels failed their check (error {error:.1e} against float64)"
     return ""
@@ -69,7 +88,7 @@ def check(device: torch.device) -> str:
 
 def symmetric_product(P: Tensor, Q: Tensor, D: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """α P Qᵀ + β D of every matrix of a stack (n, rows, inner), where P Qᵀ and D (n, rows, rows) are symmetric."""
-    if chosen == "triton":
+    if takes(P.device, P.dtype):
         from optim.kernels.operator import symmetric_product as kernel
         return kernel(P, Q, D, alpha, beta)
     C = P @ Q.mT if D is None else torch.baddbmm(D, P, Q.mT, beta=beta, alpha=alpha)

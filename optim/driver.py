@@ -89,10 +89,13 @@ class Optimizer:
         dtypes = [iteration_dtype(rule.ns_dtype, self.device, getattr(rule, "ns_form", "standard")) for rule in rules]
         if not rules:
             return "none"
-        compiled = self.compiled and not self.host_may_look
-        code = "Triton" if backend.chosen == "triton" else "compiled torch" if compiled else "plain torch"
-        names = ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"{code} in {names}" + (f" ({self.why_not_triton})" if self.why_not_triton else "")
+        by_torch = "compiled torch" if self.compiled and not self.host_may_look else "plain torch"
+        names: dict[str, list[str]] = {}
+        for dtype in dict.fromkeys(dtypes):
+            code = "Triton" if backend.takes(self.device, dtype) else by_torch
+            names.setdefault(code, []).append(str(dtype).removeprefix("torch."))
+        words = "; ".join(f"{code} in {', '.join(found)}" for code, found in names.items())
+        return words + (f" ({self.why_not_triton})" if self.why_not_triton else "")
 
     def failures(self) -> int:
         """How many decompositions failed since the last `reset`, on all ranks; every rank must call it."""

@@ -77,7 +77,8 @@ class Muon(Rule):
         W.sub_(h["lr"] * self.lr_multiplier(*shape) * O + self.shrinkage(h, *shape) * W.to(M.dtype))
 
     def fuses(self, W: Tensor) -> bool:
-        return backend.chosen == "triton" and W.dtype != torch.float64 and W[:1].is_contiguous()
+        dtype = iteration_dtype(self.ns_dtype, W.device, self.ns_form)
+        return backend.takes(W.device, dtype) and W.dtype != torch.float64 and W[:1].is_contiguous()
 
     def fused_update(self, W: Tensor, G: Tensor, state: dict[str, Tensor], h: dict[str, Tensor], clip: Tensor | None,
                      keep: Tensor) -> None:

@@ -3,6 +3,7 @@ machine code takes."""
 import re
 
 import pytest
+import torch
 
 from optim.kernels.configurations import CHUNK, CHUNK_WARPS, SYMMETRIC, architecture, symmetric_launch
 from tests.aot import CAPABILITIES, SHARED_BYTES, code, resources
@@ -71,3 +72,56 @@ def test_every_gpu_from_ampere_on_has_a_configuration_that_fits_it():
     with pytest.raises(ValueError, match="7.5 has no bfloat16"):
         architecture((7, 5))
     assert symmetric_launch(128, (9, 0)) == SYMMETRIC["sm_90"][0] != symmetric_launch(768, (9, 0))
+
+
+class Driver:
+    """As much of Triton's driver as a launch needs up to the launch itself, for a GPU that is not there."""
+
+    def __init__(self, capability):
+        from triton.backends.compiler import GPUTarget
+        self.target, self.launched = GPUTarget("cuda", capability, 32), []
+        self.utils, self.launcher_cls = self, self.launcher
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch                                         # Triton keeps kernels and limits by number
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": SHARED_BYTES[self.target.arch]}
+
+    def load_binary(self, name, *_):
+        return None, None, 0, 0, 1024                                   # module, function, registers, spills, threads
+
+    def launcher(self, source, metadata):
+        return lambda *_: self.launched.append(metadata.target.arch)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_launchers_give_their_kernels_what_compiles_whatever_the_sizes(monkeypatch, capability):
+    """Through Triton's own launch, which makes constants of ones and types of tensors; it refuses too much memory."""
+    from triton.runtime import driver
+
+    from optim.kernels import passes
+    from optim.kernels.symmetric import symmetric_product
+    monkeypatch.setattr(driver, "_active", gpu := Driver(capability))
+    scalar, launched = torch.zeros((), dtype=torch.float64), 0
+    for launch in SYMMETRIC[f"sm_{capability}"]:
+        for shape in ((1, 1, 1), (3, 17, 5)):
+            X = torch.empty(shape, dtype=torch.float16)
+            A = symmetric_product(X, X, launch=launch)
+            symmetric_product(A, A, A, 0.5, -2.0, launch=launch)
+            symmetric_product(X.mT, X.mT, launch=launch)
+            launched += 3
+    for shape in ((1, 1, 1), (3, 17, 5)):
+        for dtype, clip, keep in ((torch.float32, scalar, torch.tensor(True)),
+                                  (torch.bfloat16, None, torch.ones(shape[0], dtype=torch.bool))):
+            G, M, W = torch.empty(shape), torch.empty(shape), torch.empty(shape, dtype=dtype)
+            O = passes.momentum_and_norm(G, M, scalar, True, True, 1.02, torch.bfloat16, clip, keep)
+            passes.step_and_decay(W, O, scalar, 1.0, scalar, keep)
+            launched += 3
+    assert gpu.launched == [capability] * launched

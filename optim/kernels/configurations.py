@@ -46,6 +46,10 @@ def architecture(capability: tuple[int, int]) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
+def launches(capability: tuple[int, int]) -> tuple[Launch, Launch]:
+    return SYMMETRIC[architecture(capability)]
+
+
 def symmetric_launch(rows: int, capability: tuple[int, int]) -> Launch:
-    small, large = SYMMETRIC[architecture(capability)]
+    small, large = launches(capability)
     return small if rows <= SMALL_ROWS else large

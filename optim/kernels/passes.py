@@ -119,10 +119,11 @@ def momentum_and_norm(G: Tensor, M: Tensor, mu: Tensor, ema: bool, nesterov: boo
     X = torch.empty(G.shape, dtype=dtype, device=G.device)
     switches = dict(EMA=ema, NESTEROV=nesterov, CLIP=clip is not None, CHUNK=CHUNK, num_warps=CHUNK_WARPS)
     given = mu if clip is None else clip
-    first_kernel[(len(G) * chunks,)](G, M, largest, squares, mu, given, keep, numbers, span, chunks, G.stride(0),
-                                     M.stride(0), keep.ndim, **switches)
-    second_kernel[(len(G) * chunks,)](G, M, X, largest, squares, mu, given, numbers, span, chunks, G.stride(0),
-                                      M.stride(0), safety, CHUNKS=CHUNKS, **switches)
+    with torch.cuda.device_of(G):
+        first_kernel[(len(G) * chunks,)](G, M, largest, squares, mu, given, keep, numbers, span, chunks, G.stride(0),
+                                         M.stride(0), keep.ndim, **switches)
+        second_kernel[(len(G) * chunks,)](G, M, X, largest, squares, mu, given, numbers, span, chunks, G.stride(0),
+                                          M.stride(0), safety, CHUNKS=CHUNKS, **switches)
     return X
 
 
@@ -130,8 +131,9 @@ def step_and_decay(W: Tensor, O: Tensor, lr: Tensor, factor: float, decay: Tenso
     """The last pass, in place on W (n, rows, cols); lr and decay are 0-d, keep is bool, 0-d or (n,)."""
     numbers, span, chunks = _cut(W)
     assert _packed(W) and O.is_contiguous(), (W.stride(), O.stride())
-    last_kernel[(len(W) * chunks,)](W, O, lr, decay, keep, factor, numbers, span, chunks, W.stride(0), keep.ndim,
-                                    CHUNK=CHUNK, num_warps=CHUNK_WARPS)
+    with torch.cuda.device_of(W):
+        last_kernel[(len(W) * chunks,)](W, O, lr, decay, keep, factor, numbers, span, chunks, W.stride(0), keep.ndim,
+                                        CHUNK=CHUNK, num_warps=CHUNK_WARPS)
 
 
 def _cut(stack: Tensor) -> tuple[int, int, int]:

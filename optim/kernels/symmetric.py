@@ -69,7 +69,7 @@ def symmetric_product(P: Tensor, Q: Tensor, D: Tensor | None = None, alpha: floa
     """α P Qᵀ + β D of every matrix of a stack, where P Qᵀ and D are symmetric.
 
     Args:
-        P, Q: (n, rows, inner), bfloat16, float16 or float32, with any strides.
+        P, Q: (n, rows, inner), bfloat16 or float16 (in the interpreter float32 too), with any strides.
         D: (n, rows, rows) with rows of adjacent numbers, or None.
         out: what to write to, like D; None: a new tensor.
         launch: None: the table's choice for this device.
@@ -84,8 +84,9 @@ def symmetric_product(P: Tensor, Q: Tensor, D: Tensor | None = None, alpha: floa
     side = triton.cdiv(rows, launch.tile)
     tiles = side * (side + 1) // 2
     D_or_C = C if D is None else D
-    symmetric_kernel[(n * tiles,)](
-        P, Q, D_or_C, C, alpha, beta, rows, inner, tiles, *P.stride(), *Q.stride(), *D_or_C.stride()[:2],
-        *C.stride()[:2], ADD=D is not None, TILE=launch.tile, DEPTH=launch.depth,
-        num_warps=launch.warps, num_stages=launch.stages)
+    with torch.cuda.device_of(P):
+        symmetric_kernel[(n * tiles,)](
+            P, Q, D_or_C, C, alpha, beta, rows, inner, tiles, *P.stride(), *Q.stride(), *D_or_C.stride()[:2],
+            *C.stride()[:2], ADD=D is not None, TILE=launch.tile, DEPTH=launch.depth,
+            num_warps=launch.warps, num_stages=launch.stages)
     return C
