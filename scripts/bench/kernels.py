@@ -52,7 +52,8 @@ def works(shape: tuple[int, int, int]) -> list[Work]:
         return X.mT if rows > cols else X
 
     def gram(X):
-        return symmetric_product(long(X), long(X))
+        P = long(X)                             # one tensor: torch, too, is to see that the product is symmetric
+        return symmetric_product(P, P)
 
     def polynomial(X):
         A = X[:, :n, :n]                        # symmetric, see `draw`
