@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-SOURCE = ("train.py", "model/*.py", "optim/*.py", "data/*.py", "harness/*.py", "scripts/*.py", "configs/**/*.yaml",
-          "configs/*.json", "requirements*.txt")
+SOURCE = ("train.py", "model/**/*.py", "optim/**/*.py", "data/**/*.py", "harness/**/*.py", "scripts/**/*.py",
+          "configs/**/*.yaml", "configs/*.json", "requirements*.txt")
 
 
 def create(runs_dir: str, name: str, seed: int, config_yaml: str, facts: dict) -> Path:

@@ -1,11 +1,12 @@
 """The whole program at a tiny size: what it writes, what it refuses, and that the surroundings change no numbers."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.conftest import losses, the_run, train_elsewhere, train_here
+from tests.conftest import ROOT, losses, the_run, train_elsewhere, train_here
 
 
 def test_a_run_learns_and_leaves_a_complete_directory(tiny):
@@ -295,3 +296,11 @@ def test_kernels_that_the_device_cannot_run_are_refused_before_anything_starts(t
             "error: model.loss: triton cannot be had here: the kernel needs a GPU, and this is a cpu; set model.loss=torch",
             "error: kernels: triton cannot be had here: the kernels need a GPU; set kernels: auto or kernels: torch"]
     assert not (tiny.parent / "runs").exists()
+
+
+def test_a_run_keeps_every_file_of_the_packages_that_made_it(tiny):
+    train_here("--config", tiny, "steps=1")
+    kept = {path.relative_to(the_run(tiny) / "source") for path in (the_run(tiny) / "source").rglob("*.py")}
+    ours = {path.relative_to(ROOT) for package in ("model", "optim", "data", "harness", "scripts")
+            for path in (ROOT / package).rglob("*.py")}
+    assert kept == {Path("train.py"), *ours} and Path("optim/kernels/symmetric.py") in kept
