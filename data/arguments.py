@@ -1,10 +1,10 @@
-"""A command line whose mistakes are one line: what argparse finds, and the exit code 2."""
+"""A command line whose mistakes are one line."""
 import argparse
 import sys
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, without the usage before an error and with its text as it is written."""
+    """argparse, with the description as it is written, and of a mistake one line and exit code 2."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
@@ -13,6 +13,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def line_of(error: Exception) -> str:
+    """What an exception says, on one line; of the system's errors the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def at_least(least: int):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.arguments import Parser
+from data.arguments import Parser, line_of
 from data.shards import ShardError, make_folder, open_shard, write_shard
 
 END_OF_TEXT = 256
@@ -142,8 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         root, version = torch_sources()
         meta, written = make(root, version, out)
     except (ShardError, OSError) as error:
-        said = f"{error.filename or out}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     print(f"{out}: {'written' if written else 'there already, and intact'}: the sources of torch {version}")
     for name in ("train", "val"):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.arguments import Parser, at_least
+from data.arguments import Parser, at_least, line_of
 from data.documents import END_OF_TEXT, index
 from data.loader import ValLoader
 from data.shards import find_shards
@@ -158,6 +158,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     """Everything that is asked for, printed as it is found and as one object."""
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    if args.json is not None and args.json.is_dir():
+        raise ValueError(f"--json {args.json}: is a folder; name a file in it")
     items = None if args.hellaswag is None else read_items(args.hellaswag)
     config, model = load_run(args.run, precision_of(args.run, args.precision))
     tokens, tokenizer = args.tokens or config.val_tokens, config.data.tokenizer
@@ -200,7 +202,7 @@ def main() -> int:
     try:
         evaluate(args)
     except (ConfigError, OSError, ValueError) as error:              # ShardError and VocabularyError are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.arguments import Parser
+from data.arguments import Parser, line_of
 from data.documents import END_OF_TEXT
+from data.shards import make_folder
 from data.tokenizers import END_OF_TEXT as END_OF_TEXT_TOKEN
 from data.tokenizers import VocabularyError, by_name
 from harness import checkpoint
@@ -48,7 +49,7 @@ def export(run: Path, out: Path, form: str = "ours") -> list[str]:
             refuse_unless_gpt2(config.model)
         except ValueError as error:
             raise ValueError(f"{error}; leave out --form hf") from None
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / "whole"
         folder.mkdir()
@@ -204,7 +205,7 @@ def main() -> int:
     try:
         notes = export(args.run, args.out, args.form)
     except (ConfigError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     print(*(f"note: {note}" for note in notes), f"{args.out}: {', '.join(sorted(f.name for f in args.out.iterdir()))}",
           sep="\n")

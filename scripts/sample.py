@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.arguments import Parser, at_least
+from data.arguments import Parser, at_least, line_of
 from data.tokenizers import by_name
 from harness import checkpoint
 from harness.config import Config
@@ -28,10 +28,12 @@ def load_run(run: Path, activation_dtype: torch.dtype = torch.float32) -> tuple[
 
     It has the weights that the run's target is asked of: the last ones, or their average where target_on says so.
     """
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} is no run directory (there is no config.yaml in it); take one of runs/")
     config = load(str(run / "config.yaml"), []).config
     found = checkpoint.newest_intact(run / "checkpoints")
     if found is None:
-        raise FileNotFoundError(f"{run}/checkpoints holds no intact checkpoint")
+        raise FileNotFoundError(f"{run}/checkpoints holds no intact checkpoint: let the run go on to its end (train.py --resume)")
     content, model = found[1], GPT(config.model, config.seq_len, activation_dtype)
     weights = content["model"]
     if config.target_on == "average" and content["step"] > 0:
@@ -83,7 +85,7 @@ def main() -> int:
         text = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
         text, tokens_per_s = sample(args.run, text, args.tokens, args.temperature, args.top_k, args.seed, args.top_p)
     except (ConfigError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     print(text)
     print(f"{tokens_per_s:,.0f} tokens/s", file=sys.stderr)

@@ -43,3 +43,14 @@ def test_a_file_where_the_folder_is_to_be_is_one_line(program, arguments, tmp_pa
     assert run(program, [*arguments, "--out", "here.txt"], monkeypatch) == 2
     assert capsys.readouterr().err == "error: --out here.txt: no folder can be made there (is a file); choose another\n"
     assert (tmp_path / "here.txt").read_text() == "text"
+
+
+def test_a_pattern_that_nothing_reads_is_refused_and_a_text_without_validation_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here.txt").write_text("text")
+    command = [str(tmp_path / "here.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "o")]
+    assert run("data.tokenise", [*command, "--pattern", "."], monkeypatch) == 2
+    assert "--pattern goes with a file of ranks; bytes has its own" in capsys.readouterr().err
+    assert run("data.tokenise", command, monkeypatch) == 0
+    assert "no document is held out for validation; raise --held-out" in capsys.readouterr().out
+    assert run("data.tokenise", [*command[:-1], str(tmp_path / "all"), "--held-out", "0"], monkeypatch) == 0
+    assert "note:" not in capsys.readouterr().out

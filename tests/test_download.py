@@ -290,12 +290,15 @@ def test_a_download_that_is_stopped_goes_on_within_the_file(hub, tmp_path, signu
 
 
 def test_two_downloads_at_once_take_turns_and_fetch_each_shard_once(hub, tmp_path):
-    hub.pause_s = 0.05
+    hub.pause_s = 0.5
     first = start(hub, "fineweb10B", "--shards", 2, cwd=tmp_path)
     wait_for(lambda: gets(hub))
     second = start(hub, "fineweb10B", "--shards", 3, cwd=tmp_path)
-    outs = [process.communicate(timeout=30)[0] for process in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0) and "waiting for it" in outs[1]
+    assert "waiting for it" in second.stdout.readline()
+    hub.pause_s = 0
+    for process in (first, second):
+        process.communicate(timeout=60)
+        assert process.returncode == 0
     assert sorted(gets(hub)) == [(name, None) for name in (ONE, TWO, THREE, VAL)]
     folder_is(tmp_path / "data/fineweb10B", hub, [VAL, ONE, TWO, THREE])
     assert set(manifest.read(tmp_path / "data/fineweb10B")["files"]) == {VAL, ONE, TWO, THREE}
@@ -377,16 +380,22 @@ def test_for_a_configuration_its_shards_come_to_where_it_reads_them(hub, tmp_pat
 
 # ---------------------------------------------------------------- bad input
 
+def cpu_s() -> float:
+    """Seconds of computing of all processes started here that have ended: another's work does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["fineweb11B", "--shards", 1], "no published corpus"), (["fineweb10B", "--shards", 104], "take 0 to 103"),
     (["fineweb10B"], "give a corpus and --shards"), (["fineweb10B", "--shards", 1, "steps=3"], "unrecognized"),
     (["--for", "muon.yaml", "--shards", 1], "leave out --shards"),
     (["--for", "muon.yaml", "stebs=3"], "stebs"), (["--check", "--out", "nothing"], "neither shards nor")])
 def test_bad_arguments_are_said_in_one_line_within_seconds(arguments, says, tmp_path):
-    begun = time.monotonic()
-    line = run("http://127.0.0.1:9", *arguments, cwd=tmp_path, code=2).strip().splitlines()[-1]
-    assert "error: " in line and says in line
-    assert time.monotonic() - begun < (10 if "--for" in arguments else 3)
+    begun = cpu_s()
+    told = run("http://127.0.0.1:9", *arguments, cwd=tmp_path, code=2)
+    assert told.startswith("error: ") and says in told and told.strip().count("\n") == 0
+    assert cpu_s() - begun < (10 if "--for" in arguments else 3)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"files": {"a": 1}}', '{"repo": 1, "files": {"a": {"tokens": 1}}}'])
