@@ -250,7 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder (default: data/CORPUS)")
     parser.add_argument("--check", action="store_true", help="fetch nothing; compare with DIR/manifest.json")
     parser.add_argument("--threads", type=at_least(1), default=8, metavar="N", help="files at a time (%(default)s)")
-    parser.add_argument("--retries", type=at_least(0), default=5, metavar="N", help="after failures in a row (%(default)s)")
+    parser.add_argument("--retries", type=at_least(0), default=5, metavar="N",
+                        help="after failures in a row (%(default)s)")
     args, overrides = parser.parse_known_args(arguments)
     if args.corpus and "=" in args.corpus:               # --for FILE key=value
         args.corpus, overrides = None, [args.corpus, *overrides]

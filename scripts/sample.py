@@ -33,7 +33,7 @@ def load_run(run: Path, activation_dtype: torch.dtype = torch.float32) -> tuple[
     config = load(str(run / "config.yaml"), []).config
     found = checkpoint.newest_intact(run / "checkpoints")
     if found is None:
-        raise FileNotFoundError(f"{run}/checkpoints holds no intact checkpoint: let the run go on to its end (train.py --resume)")
+        raise FileNotFoundError(f"{run}/checkpoints holds no intact checkpoint: let the run end (train.py --resume)")
     content, model = found[1], GPT(config.model, config.seq_len, activation_dtype)
     weights = content["model"]
     if config.target_on == "average" and content["step"] > 0:

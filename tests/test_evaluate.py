@@ -242,7 +242,7 @@ def test_the_program_scores_a_hellaswag_file(runs, monkeypatch, tmp_path, capsys
     (["--context", "600"], "512 tokens are less than a row of 600: raise --tokens or lower --context"),
     (["--tokens", "99999"], "validation shards hold 1,007"),
     (["--data", "nowhere/*.bin"], "--data: no file matches 'nowhere/*.bin'"),
-    (["--hellaswag", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
+    (["--hellaswag", "nowhere.jsonl"], "nowhere.jsonl: No such file or directory"),
     (["--json", "nowhere/out.json"], "--json nowhere/out.json: there is no folder"),
     (["--json", "."], "--json .: is a folder; name a file in it"),
 ])
@@ -275,4 +275,5 @@ def test_what_is_no_run_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "scripts.evaluate", tmp_path / "none"], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'none'} is no run directory (there is no config.yaml in it); take one of runs/\n"
+    assert done.stderr == (f"error: {tmp_path / 'none'} is no run directory (there is no config.yaml in it); take one of "
+                           "runs/\n")

@@ -64,7 +64,8 @@ def test_what_is_no_run_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--tokens", "0"], "--tokens: '0' is not a whole number from 1 on"), (["--top-p", "1.5"], "--top-p must be above 0, at most 1"),
+    (["--tokens", "0"], "--tokens: '0' is not a whole number from 1 on"),
+    (["--top-p", "1.5"], "--top-p must be above 0, at most 1"),
     (["--temperature", "-1"], "--temperature must be a number from 0 on"), (["--temperature", "nan"], "from 0 on"),
     (["--top-k", "0"], "--top-k: '0' is not a whole number from 1 on"), (["--seed", "-1"], "--seed: '-1'"),
     (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),

@@ -402,7 +402,8 @@ def test_a_kill_leaves_whole_shards_and_no_process_and_the_command_continues(tmp
 
 def test_ctrl_c_is_one_line_from_all_processes_together(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", texts(20_000))
-    process = start(source, "--out", tmp_path / "o", "--held-out", 0, "--workers", 2, before="tokenise.PROGRESS_S = 600")
+    process = start(source, "--out", tmp_path / "o", "--held-out", 0, "--workers", 2,
+                    before="tokenise.PROGRESS_S = 600")
     wait_for(lambda: tokens_at_checkpoint(tmp_path / "o") > 300_000, process)
     os.killpg(process.pid, signal.SIGINT)                                   # as a terminal sends it
     error = process.communicate(timeout=60)[1]
