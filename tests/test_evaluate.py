@@ -275,5 +275,5 @@ def test_what_is_no_run_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-m", "scripts.evaluate", tmp_path / "none"], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 2
-    assert done.stderr == (f"error: {tmp_path / 'none'} is no run directory (there is no config.yaml in it); take one of "
-                           "runs/\n")
+    assert done.stderr == (f"error: {tmp_path / 'none'} is no run directory (there is no config.yaml in it); take one "
+                           "of runs/\n")
