@@ -66,6 +66,8 @@ def optimizer_step_s(cfg, step, rounds: int, device) -> float:
 
     from scripts.bench.interleave import seconds
     from scripts.bench.training import make_optimizer
+    if step.compiled:
+        torch._dynamo.reset()                                         # else all rules share one limit of recompilations
     optimizer, parameters = make_optimizer(cfg, step.model, step.compiled), list(step.model.parameters())
     gradients, loss = [torch.randn_like(p) for p in parameters], torch.zeros((), device=device)
     max_logits = {attn: torch.ones(cfg.model.heads, device=device) for attn in step.model.attentions()}
