@@ -164,6 +164,35 @@ def test_a_stage_that_fails_ends_it_with_its_exit_code(record, monkeypatch, capf
                         "(exit code 3)\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_passed_on_so_that_a_run_can_save(number):
+    child = ("import os, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+             f"os.kill(os.getppid(), {int(number)})\ntime.sleep(30)")
+    before = signal.getsignal(number)
+    with pytest.raises(reproduce.Stopped, match="again") as stopped:
+        reproduce.call("-c", child, failed="again")
+    assert stopped.value.code == 75 and signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("status, code, said", [("stopped", 75, "goes on from here"), ("not_finite", 3, "begins anew"),
+                                                ("finished", 1, "goes on from here")])
+def test_how_a_run_under_torchrun_ended_is_read_from_its_summary(record, tmp_path, monkeypatch, status, code, said):
+    cfg, _ = reproduce.check(tmp_path / "tiny.yaml", [], 1, 1)
+
+    def torchrun(*command, failed):
+        for name, ended in (("a", "finished"), ("b", status)):
+            (tmp_path / "place" / name).mkdir(parents=True)
+            (tmp_path / "place" / name / "summary.json").write_text(json.dumps({"status": ended}))
+            (tmp_path / "place" / name / "log.jsonl").touch()
+            os.utime(tmp_path / "place" / name / "log.jsonl", (0, ord(name)))
+        raise reproduce.Stopped(failed, 1)
+
+    monkeypatch.setattr(reproduce, "call", torchrun)
+    with pytest.raises(reproduce.Stopped, match=said) as stopped:
+        reproduce.train(tmp_path / "tiny.yaml", cfg, [], 2, 1, tmp_path / "place")
+    assert stopped.value.code == code
+
+
 @pytest.mark.parametrize("arguments, said", [
     ([""], "RECORD is missing; one of "), (["05-muon"], "no record '05-muon'; RECORD is one of 01-llmc, "),
     (["track3/muon", "--gpus", "0"], "GPUS=0, SEEDS=1: both begin at 1"),
