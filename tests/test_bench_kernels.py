@@ -28,3 +28,13 @@ def test_the_matrices_are_those_of_the_models_layers():
     assert stacks("small") == [(48, 768, 768), (12, 3072, 768), (12, 768, 3072)]
     assert {model: sum(n * r * c for n, r, c in stacks(model)) for model in LAYERS} == {
         "demo": 786_432, "small": 84_934_656, "medium": 301_989_888, "1.5B": 1_474_560_000}
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 16), (2, 16, 64)], ids=str)
+def test_torch_has_no_half_to_mirror_where_a_product_is_symmetric_by_itself(monkeypatch, shape):
+    """It would be slower, and the kernels' gain too large."""
+    monkeypatch.setattr(torch.Tensor, "tril", lambda *_: pytest.fail("mirrored"))
+    backend.choose("torch", CPU)
+    for work in works(shape):
+        if "gram" not in work.what:
+            work.make(torch.randn(shape))
