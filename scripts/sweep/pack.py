@@ -9,7 +9,7 @@ from harness.yaml_tree import ConfigError
 class Slot(NamedTuple):
     number: int
     gpus: tuple[str, ...]               # as CUDA_VISIBLE_DEVICES has them; () on a CPU
-    cores: tuple[int, ...]              # that its processes are held to; () for any, as on a GPU or without sched_setaffinity
+    cores: tuple[int, ...]              # its processes keep to them; () for any, as on a GPU
     threads: int                        # of each process
 
     def environment(self, out: Path) -> dict[str, str]:

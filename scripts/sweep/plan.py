@@ -61,10 +61,10 @@ def plan(sweep: Sweep, out: Path) -> list[Trial]:
             elif found[name].is_baseline:                             # with the words that say more
                 found[name] = found[name]._replace(configuration=each)
             else:
-                problems.setdefault(f"{in_words(found[name].configuration)} and {in_words(each)} describe the same run",
-                                    each)
+                problems.setdefault(f"describes the same run as {in_words(found[name].configuration)}: what differs does "
+                                    "not change a result (for speed: python -m scripts.bench compare)", each)
     if problems:
-        lines = [f"{sweep.path}: {line} (of {in_words(each)})" for line, each in problems.items()]
+        lines = [f"{sweep.path}: {in_words(each)}: {line}" for line, each in problems.items()]
         more = [f"{sweep.path}: and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
         raise ConfigError("\n".join(lines[:MOST_PROBLEMS] + more))
     return list(found.values())[:sweep.run_cap]

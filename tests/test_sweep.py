@@ -1,0 +1,253 @@
+"""Sweep files: what is understood, what is drawn, what is refused; how trials are named and packed. Nothing is trained."""
+import json
+import math
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import yaml
+
+from harness.config import config_identity, to_yaml
+from harness.load import load
+from harness.yaml_tree import ConfigError
+from scripts.sweep import pack, results
+from scripts.sweep.__main__ import entry
+from scripts.sweep.draw import drawn, grid, parameter, quantile
+from scripts.sweep.file import configurations, read
+from scripts.sweep.plan import plan
+from tests.conftest import ROOT
+
+SCHEMA = json.loads((ROOT / "tests" / "data" / "wandb_sweep_schema.json").read_text())
+FILES = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+MUON = "base: demo/muon.yaml\n"
+
+
+def sweep(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return read(path)
+
+
+def points(tmp_path, text):
+    return [each.parameters for each in configurations(sweep(tmp_path, text))]
+
+
+# ---- distributions
+
+@pytest.mark.parametrize("spec, u, value", [
+    (dict(min=1, max=4), 0.0, 1), (dict(min=1, max=4), 0.999, 4),
+    (dict(min=1.0, max=4), 0.5, 2.5),
+    (dict(distribution="q_uniform", min=0, max=1, q=0.25), 0.4, 0.5),
+    (dict(distribution="q_uniform", min=0, max=100, q=10), 0.44, 40),
+    (dict(distribution="log_uniform", min=-2, max=0), 0.5, 0.367879),
+    (dict(distribution="log_uniform_values", min=0.001, max=0.1), 0.5, 0.01),
+    (dict(distribution="q_log_uniform_values", min=1, max=256, q=4), 0.75, 64),
+    (dict(distribution="inv_log_uniform", min=0, max=2), 0.25, 0.22313),
+    (dict(distribution="normal", mu=3, sigma=2), 0.5, 3.0),
+    (dict(distribution="normal", mu=0, sigma=1), 0.975, 1.95996),
+    (dict(distribution="log_normal", mu=1, sigma=2), 0.5, 2.71828),
+    (dict(distribution="beta", a=1, b=1), 0.3, 0.3),
+    (dict(values=["a", "b", "c"]), 0.34, "b"),
+    (dict(values=["a", "b", "c"], probabilities=[0.2, 0.0, 0.8]), 0.19, "a"),
+    (dict(values=["a", "b", "c"], probabilities=[0.2, 0.0, 0.8]), 0.21, "c"),
+    (dict(value=[0.9, 0.95]), 0.7, [0.9, 0.95])], ids=str)
+def test_a_quantile_is_that_of_the_distribution_by_wandbs_definition(spec, u, value):
+    found = quantile(parameter("lr", spec), u)
+    assert found == pytest.approx(value, rel=1e-5) if isinstance(value, float) else found == value
+    assert type(found) is type(value)
+
+
+def test_draws_are_spread_as_the_distribution_says():
+    p = parameter("lr", dict(distribution="log_uniform_values", min=1e-4, max=1.0))
+    logs = sorted(math.log10(drawn(p, number)) for number in range(400))
+    expected = [-4 + 4 * (i + 0.5) / 400 for i in range(400)]
+    assert max(abs(a - b) for a, b in zip(logs, expected)) / 4 < 0.08           # Kolmogorov-Smirnov at p < 0.01
+
+
+@pytest.mark.parametrize("spec, values", [
+    (dict(values=[3, 1]), [3, 1]), (dict(value=None), [None]), (dict(min=2, max=4), [2, 3, 4]),
+    (dict(distribution="q_uniform", min=0.1, max=0.4, q=0.1), [0.1, 0.2, 0.3])], ids=str)
+def test_a_grid_has_the_values_that_wandbs_has(spec, values):
+    assert grid(parameter("x", spec)) == values
+
+
+# ---- files
+
+def test_nested_and_dotted_parameters_give_the_same_keys(tmp_path):
+    nested = MUON + "method: grid\nparameters: {optim: {parameters: {hidden: {parameters: {lr: {values: [0.1, 0.2]}}}}}}"
+    dotted = MUON + "method: grid\nparameters: {optim.hidden.lr: {values: [0.1, 0.2]}}"
+    assert points(tmp_path, nested) == points(tmp_path, dotted) == [{"optim.hidden.lr": 0.1}, {"optim.hidden.lr": 0.2}]
+
+
+def test_our_keys_may_stand_under_controller_where_wandbs_schema_lets_them_pass(tmp_path):
+    text = "method: grid\ncontroller: {type: cloud, base: demo/muon.yaml, seeds: [4], baseline: {}}\n" \
+           "parameters: {steps: {values: [5]}}"
+    jsonschema.validate(yaml.safe_load(text), SCHEMA)
+    found = sweep(tmp_path, text)
+    assert found.bases == ("demo/muon.yaml",) and found.seeds == (4,)
+    assert [each.parameters for each in configurations(found)] == [{}, {"steps": 5}]
+
+
+def test_a_random_search_is_the_same_again_and_grows_with_its_budget_and_its_parameters(tmp_path):
+    text = MUON + "method: random\nbudget: %d\nparameters: {steps: {min: 1, max: 900}, grad_clip: {min: 0.1, max: 2.0}}"
+    four = points(tmp_path, text % 4)
+    assert points(tmp_path, text % 4) == four == points(tmp_path, text % 9)[:4]
+    assert len({each["steps"] for each in four}) == 4
+    more = points(tmp_path, (text % 4).replace("parameters: {", "parameters: {seq_len: {values: [64, 128]}, "))
+    assert [{**each, "seq_len": None} for each in more] == [{**each, "seq_len": None} for each in four]
+
+
+def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
+    text = "method: random\nrun_cap: 13\nseeds: [0, 1]\nparameters: {config: {values: [demo/muon.yaml, demo/sgd.yaml]}, " \
+           "steps: {min: 1, max: 900}}"
+    found = configurations(sweep(tmp_path, text))
+    assert [each.base for each in found] == 3 * ["demo/muon.yaml"] + 3 * ["demo/sgd.yaml"]
+    assert [each.parameters for each in found[:3]] == [each.parameters for each in found[3:]]     # equal draws for each
+
+
+@pytest.mark.parametrize("text, said", [
+    ("method: bayes\nparameters: {steps: {value: 1}}", "method: expected grid or random, got 'bayes'"),
+    ("method: grid\nbudgets: 3\nparameters: {steps: {value: 1}}", ":3: budgets: no such key; there are"),
+    ("method: grid\nparameters: {steps: {values: [3e-4]}}", "0.0003 is '3e-4' to wandb; write 3.0e-4"),
+    ("method: grid\nparameters: {steps: {valeus: [3]}}", "parameters.steps: expected value, values, min and max"),
+    ("method: grid\nparameters: {steps: {values: [3], max: 3}}", "categorical has no 'max'"),
+    ("method: grid\nparameters: {steps: {distribution: uniforn, min: 1, max: 3}}", "no distribution 'uniforn'"),
+    ("method: grid\nparameters: {steps: {min: 1.5, max: 3}}", "parameters.steps: a grid has no uniform"),
+    ("method: grid\nparameters: {steps: {min: 5, max: 3}}", "min 5 is above max 3"),
+    ("method: grid\nparameters: {steps: {distribution: log_uniform_values, min: 0, max: 3}}", "min must be above 0"),
+    ("method: random\nparameters: {steps: {min: 1, max: 3}}", "write budget (configurations) or run_cap"),
+    ("method: random\nbudget: 4\nparameters: {steps: {min: 1, max: 3}}", "only 3 different configurations"),
+    ("method: grid\nbudget: 4\nparameters: {steps: {value: 1}}", "budget: a grid runs all that it holds"),
+    ("method: grid\nearly_terminate: {type: hyperband}\nparameters: {steps: {value: 1}}", "early_terminate: trials run"),
+    ("method: grid\nseeds: [1, 1]\nparameters: {steps: {value: 1}}", "equal seeds give equal runs"),
+    ("method: grid\nseeds: [1]\nparameters: {steps: {value: 1}, seed: {value: 2}}", "there twice, in seeds"),
+    ("method: grid\nparameters: {steps: {value: 1}, config: {value: a}}", "there twice, in base and in parameters.conf"),
+    ("method: grid\nmetric: {name: val/los}\nparameters: {steps: {value: 1}}", "metric.name: no 'val/los'"),
+    ("method: grid\nmetric: {name: val/loss_avg}\nparameters: {steps: {value: 1}}", "there is no average"),
+    ("method: grid\nparameters: {optim.hiden.lr: {value: 1}}", "optim has no group 'hiden'; did you mean 'hidden'?"),
+    ("method: grid\nparameters: {compile: {values: [true, false]}}", "describes the same run as"),
+    ("method: grid\nparameters: {steps: {values: [10, 500000]}}", "500000"),
+    ("method: grid\nparameters: {data.train: {value: 'none/*.bin'}}", "none/*.bin"),
+    ("method: grid\nparameters: {runs_dir: {value: here}}", "parameters.runs_dir: the sweep itself sets it"),
+], ids=lambda text: text if not text.startswith("method") else "")
+def test_what_is_wrong_is_said_in_one_line_before_anything_starts(tiny, tmp_path, capsys, text, said):
+    path, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text(f"base: {tiny}\n{text}")
+    assert entry([str(path), "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {path}") and said in lines[0], lines
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_shipped_sweep_is_one_of_wandbs_and_its_presets_take_its_keys(path):
+    jsonschema.validate(yaml.safe_load(path.read_text()), SCHEMA)
+    found = read(path)
+    for each in configurations(found):
+        load(each.base, [f"{key}={json.dumps(value)}" for key, value in each.parameters.items()])
+
+
+def test_wandb_agent_would_start_the_same_runs(tiny, tmp_path):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+    text = f"method: grid\nparameters: {{config: {{value: {tiny}}}, seed: {{values: [3]}}, steps: {{value: 8}}, " \
+           "optim.hidden.lr: {values: [0.02, 5.0e-05]}, optim.hidden.nesterov: {value: false}, " \
+           "optim.rest.betas: {values: [[0.9, 0.99]]}}"
+    jsonschema.validate(yaml.safe_load(text), SCHEMA)
+    trials = plan(sweep(tmp_path, text), tmp_path / "out")
+    assert len(trials) == 2
+    for trial in trials:
+        said = {"config": trial.configuration.base, "seed": trial.config.seed, **trial.configuration.parameters}
+        words = create_sweep_command_args({"args": {key: {"value": value} for key, value in said.items()}})["args"]
+        config = load(words[0].removeprefix("--config="), words[1:]).config
+        assert config_identity(config) == trial.name
+
+
+# ---- trials
+
+def test_a_trial_is_named_by_what_it_runs_however_that_is_written(tiny, tmp_path):
+    text = f"base: {tiny}\nmethod: grid\nparameters: "
+    names = [trial.name for trial in plan(sweep(tmp_path, text + "{steps: {values: [9, 12]}}"), tmp_path)]
+    assert names[1] == config_identity(load(str(tiny)).config)                  # 12 is what the preset says itself
+    again = "{optim: {parameters: {hidden: {parameters: {lr: {value: 0.02}}}}}, steps: {values: [12]}}"
+    assert [trial.name for trial in plan(sweep(tmp_path, text + again), tmp_path)] == names[1:]
+    others = plan(sweep(tmp_path, f"seeds: [1]\n{text}{{steps: {{values: [12]}}}}"), tmp_path)
+    assert others[0].name != names[1] and others[0].config.seed == 1
+
+
+def test_trials_load_back_from_their_files_and_a_first_seed_comes_before_a_second(tiny, tmp_path):
+    text = f"base: {tiny}\nmethod: grid\nseeds: [5, 6]\nbaseline: {{steps: 9}}\nparameters: {{steps: {{values: [7, 9]}}}}"
+    trials = plan(sweep(tmp_path, text), tmp_path / "out")
+    assert [(t.config.seed, t.config.steps, t.is_baseline) for t in trials] == \
+        [(5, 9, True), (5, 7, False), (6, 9, True), (6, 7, False)]
+    for trial in trials:
+        (tmp_path / "trial.yaml").write_text(to_yaml(trial.config))
+        config = load(str(tmp_path / "trial.yaml")).config
+        assert config == trial.config and config_identity(config) == trial.name
+
+
+# ---- the machine
+
+@pytest.mark.parametrize("asked, gpus, cores, expected", [
+    ((None, None, None), [], 4, [((), (0, 1, 2, 3), 4)]),
+    ((2, None, None), [], 5, [((), (0, 1), 2), ((), (2, 3), 2)]),
+    ((None, 1, None), [], 3, [((), (0,), 1), ((), (1,), 1), ((), (2,), 1)]),
+    ((1, 2, None), [], 4, [((), (0, 1), 2)]),
+    ((None, None, None), ["2", "5"], 8, [(("2",), (), 4), (("5",), (), 4)]),
+    ((None, None, 2), ["0", "1", "2", "3", "4"], 16, [(("0", "1"), (), 4), (("2", "3"), (), 4)]),
+], ids=str)
+def test_trials_share_a_machine_without_overlap(asked, gpus, cores, expected):
+    found = pack.slots(*asked, gpus, list(range(cores)))
+    assert [(slot.gpus, slot.cores, slot.threads) for slot in found] == expected
+    assert len({slot.environment(ROOT)["TORCHINDUCTOR_CACHE_DIR"] for slot in found}) == len(found)
+    assert all(slot.environment(ROOT).get("CUDA_VISIBLE_DEVICES", "") == ",".join(slot.gpus) for slot in found)
+    assert all(("--nproc_per_node=2" in slot.launcher()) == (len(slot.gpus) == 2) for slot in found)
+
+
+@pytest.mark.parametrize("asked, gpus, said", [
+    ((5, None, None), [], "5 trials at once of 1 cores each are more than the 4 here"),
+    ((3, 2, None), [], "3 trials at once of 2 cores"), ((None, 8, None), [], "1 trials at once of 8 cores"),
+    ((2, None, 2), ["0", "1", "2"], "2 trials at once of 2 GPUs each are more than the 3"),
+    ((None, None, 1), [], "there is no GPU here"), ((None, 1, None), ["0"], "trials run on the GPUs here")], ids=str)
+def test_more_than_the_machine_has_is_refused(asked, gpus, said):
+    with pytest.raises(ConfigError, match=said):
+        pack.slots(*asked, gpus, list(range(4)))
+
+
+# ---- the ranking
+
+def result(lr, seed, loss, status="finished", baseline=False, **more):
+    return dict(configuration=str(lr), base="muon.yaml", parameters={"lr": lr}, baseline=baseline, seed=seed, status=status,
+                val_loss=loss, **dict.fromkeys(("val_loss_avg", "target_step", "target_train_s", "train_s",
+                                                "tokens_per_s")) | more)
+
+
+def test_the_table_ranks_means_over_seeds_and_puts_what_is_incomplete_last(tmp_path):
+    ranked = sweep(tmp_path, MUON + "method: grid\nparameters: {steps: {value: 1}}")
+    rows = [result(0.1, 0, 3.0, baseline=True), result(0.2, 0, 2.0), result(0.3, 0, 1.0), result(0.4, 0, None, "crashed"),
+            result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4), result(0.3, 1, 0.9, "stopped"),
+            result(0.4, 1, None, "waiting")]
+    head, _, *lines = [[cell.strip() for cell in line.strip("| ").split(" | ")]
+                       for line in results.table(rows, ranked).splitlines()]
+    assert head == ["lr", "seeds", "val_loss", "val_loss less baseline's", "not finished"]
+    assert [line[0] for line in lines] == ["0.2", "0.1", "0.3", "0.4"]
+    assert lines[0][1:4] == ["2 of 2", "2.2000 ± 0.2828", "-0.9000 (-2.1706 to +0.3706)"]     # t(0.975, 1) = 12.706
+    assert lines[2][1:3] == ["1 of 2", "1.0000"] and lines[2][-1] == "1 stopped"
+    assert lines[3][-1] == "1 crashed, 1 waiting"
+    backwards = results.table(rows, ranked._replace(maximize=True)).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in backwards] == ["0.1", "0.2", "0.3", "0.4"]
+
+
+def test_a_target_that_some_seeds_did_not_reach_is_no_first_rank(tmp_path):
+    ranked = sweep(tmp_path, MUON + "method: grid\nmetric: {name: target_step}\nparameters: {steps: {value: 1}}")
+    rows = [result(0.1, 0, 3.0, target_step=100), result(0.1, 1, 3.0), result(0.2, 0, 3.0, target_step=150),
+            result(0.2, 1, 3.0, target_step=152)]
+    lines = results.table(rows, ranked).splitlines()[2:]
+    assert "| 0.2 | 2 of 2 | 151 ± 1 |" in lines[0] and "| 0.1 | 2 of 2 | 100 (1 of 2) |" in lines[1]
+
+
+def test_help_answers_without_loading_torch():
+    code = "import sys, scripts.sweep.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit: pass\n" \
+           "print('loaded:', *{'torch', 'scipy', 'rich', 'pydantic'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert "usage:" in done.stdout and done.stdout.strip().endswith("loaded:"), done.stdout + done.stderr

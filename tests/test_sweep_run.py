@@ -1,0 +1,136 @@
+"""Sweeps with real trials: packed, interrupted, killed, crashed, continued."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.shards import write_shard
+from harness.rundir import read_log
+from scripts.sweep.__main__ import entry
+from tests.conftest import ROOT, losses, train_here
+
+WAIT_S = 120
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+
+def write(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return str(path), tmp_path / "out"
+
+
+def start(path, out, *more):
+    return subprocess.Popen([sys.executable, "-m", "scripts.sweep", path, "--out", str(out), *more], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until(happened, sweep=None):
+    end = time.monotonic() + WAIT_S
+    while not happened():
+        assert sweep is None or sweep.poll() is None, sweep.communicate()[0]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def the_run(out):
+    """The one run directory of the one trial, once it has one."""
+    runs = list(out.glob("trials/*/*/env.json"))
+    assert len(runs) <= 1
+    return runs[0].parent if runs else None
+
+
+def steps_done(out):
+    run = the_run(out)
+    return max((line["step"] for line in read_log(run)[0]), default=0) if run and (run / "log.jsonl").exists() else 0
+
+
+def trial_process(sweep):
+    """The id of the one child of a sweep."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == sweep.pid:
+            return int(stat.parent.name)
+
+
+def test_a_crash_is_retried_once_and_reported_and_stops_no_other_trial(tiny, tmp_path, capsys):
+    """A model of 3 petabytes fits no machine; the other trial finishes, and is skipped later."""
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\n"
+                                "parameters: {model.vocab_size: {values: [64, 10000000000000]}}")
+    cores = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []
+    jobs = ["--jobs", str(max(1, len(cores)))]
+    assert entry([path, "--out", str(out), *jobs]) == 1
+    said = capsys.readouterr()
+    good, bad = rows_of(out)
+    assert [good["status"], bad["status"]] == ["finished", "crashed"]
+    assert f"error: trial {bad['trial']}: crashed; exit code 1: " in said.err and "memory" in bad["error"], said.err
+    assert (out / "trials" / bad["trial"] / "output.txt").read_text().count("Traceback") == 2
+    summary = json.loads((out / good["run"] / "summary.json").read_text())
+    assert good["val_loss"] == summary["val_loss"] and good["tokens_per_s"] == summary["tokens_per_s"]
+    assert good["steps"] == good["of_steps"] == 12 and good["seed"] == summary["seed"] == 0
+    assert f"| 64 | 1 of 1 | {good['val_loss']:.4f} | " in said.out
+    train_here("--config", tiny)
+    alone = losses(next((tmp_path / "runs").iterdir()))
+    assert losses(out / good["run"]) == alone                                   # the same run as without a sweep
+
+    path, _ = write(tmp_path, (tmp_path / "sweep.yaml").read_text().replace("[64, 10000000000000]", "[64]"))
+    assert entry([path, "--out", str(out), *jobs]) == 0
+    said = capsys.readouterr()
+    assert "1 trials of 1 configurations, 1 done already" in said.out and "started" not in said.out
+    assert [each["run"] for each in rows_of(out)] == [good["run"]]
+
+
+@linux
+def test_a_sweep_that_is_stopped_or_killed_continues_its_trial_where_it_was(tiny, tmp_path):
+    steps = 1500
+    write_shard(tmp_path / "long.bin", (np.arange(256 * steps + 1) * 7 % 64).astype(np.uint16))
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nparameters: {{steps: {{value: {steps}}}, "
+                                f"data.train: {{value: {tmp_path / 'long.bin'}}}, "
+                                "val_every: {value: 500}, checkpoint_every: {value: 50}}")
+    sweep = start(path, out)
+    until(lambda: steps_done(out) >= 3, sweep)
+    second = start(path, out)
+    said, _ = second.communicate(timeout=WAIT_S)
+    assert second.returncode == 2 and said == f"error: {out}: another process is running this sweep\n"
+    sweep.send_signal(signal.SIGINT)
+    said, _ = sweep.communicate(timeout=WAIT_S)
+    assert sweep.returncode == 75 and "stopped by a signal; the same command continues it" in said, said
+    summary = json.loads((the_run(out) / "summary.json").read_text())
+    assert summary["status"] == rows_of(out)[0]["status"] == "stopped" and 3 <= summary["steps"] < steps
+    before = losses(the_run(out))
+
+    sweep = start(path, out)                                                    # its trial is killed, then itself
+    until(lambda: steps_done(out) > summary["steps"] + 55, sweep)
+    os.kill(trial_process(sweep), signal.SIGKILL)
+    for line in sweep.stdout:
+        if "crashed, exit code -9" in line:
+            break
+    reached = steps_done(out)
+    until(lambda: steps_done(out) > reached, sweep)
+    child = trial_process(sweep)
+    sweep.kill()
+    sweep.communicate()
+    until(lambda: not Path(f"/proc/{child}").exists())
+    summary = json.loads((the_run(out) / "summary.json").read_text())
+    assert summary["status"] == "stopped" and reached < summary["steps"] < steps    # saved when its sweep died
+
+    sweep = start(path, out)
+    said, _ = sweep.communicate(timeout=WAIT_S)
+    assert sweep.returncode == 0, said
+    train, val = read_log(the_run(out))
+    assert [line["step"] for line in train] == list(range(1, steps + 1))
+    assert [line["step"] for line in val] == [0, 500, 1000, 1500]
+    assert rows_of(out)[0]["status"] == "finished" and rows_of(out)[0]["steps"] == steps
+    assert before.items() <= losses(the_run(out)).items()                       # nothing was trained anew
