@@ -190,7 +190,7 @@ def curves(rows: list[Row], target: float, title: str, out: Path) -> None:
     """Validation losses over steps and over seconds; means of a row's runs where they were validated alike."""
     import matplotlib
     figure, axes = figure_of(2, (11, 5.2))
-    colours = matplotlib.colormaps["tab20"].colors
+    colours = matplotlib.colormaps["tab10" if len(rows) <= 10 else "tab20"].colors
     styles = ("-", "--", ":")
     ends = []
     for i, row in enumerate(rows):
