@@ -15,6 +15,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def exit_with(main) -> None:
+    """End the process with the code that main() returns, and with 130 and one line on Ctrl-C."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half-written", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
 def line_of(error: Exception) -> str:
     """What an exception says, on one line; of the system's errors the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.arguments import Parser, line_of
+from data.arguments import Parser, exit_with, line_of
 from data.shards import ShardError, make_folder, open_shard, write_shard
 
 END_OF_TEXT = 256
@@ -151,4 +151,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

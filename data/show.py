@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import tokenizers
-from data.arguments import Parser, at_least
+from data.arguments import Parser, at_least, exit_with
 from data.documents import END_OF_TEXT, scan
 from data.manifest import sha256_of
 from data.shards import ShardError, open_shard
@@ -220,4 +220,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.arguments import Parser, at_least, line_of
+from data.arguments import Parser, at_least, exit_with, line_of
 from data.documents import END_OF_TEXT, index
 from data.loader import ValLoader
 from data.shards import find_shards
@@ -208,4 +208,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

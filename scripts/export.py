@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.arguments import Parser, line_of
+from data.arguments import Parser, exit_with, line_of
 from data.documents import END_OF_TEXT
 from data.shards import make_folder
 from data.tokenizers import END_OF_TEXT as END_OF_TEXT_TOKEN
@@ -213,4 +213,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.arguments import Parser, at_least, line_of
+from data.arguments import Parser, at_least, exit_with, line_of
 from data.tokenizers import by_name
 from harness import checkpoint
 from harness.config import Config
@@ -39,7 +39,10 @@ def load_run(run: Path, activation_dtype: torch.dtype = torch.float32) -> tuple[
     if config.target_on == "average" and content["step"] > 0:
         debias = 1 - config.average ** content["step"]            # the average started from zero (optim/driver.py)
         weights = {name: content["optimizer"][name]["average"] / debias for name in weights}
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(f"{run}: the checkpoint is of another model than config.yaml says; restore that file") from None
     return config, model
 
 
@@ -93,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -1,8 +1,11 @@
 """Mistakes on the command lines of data/ and of the programs over models."""
 import runpy
+import signal
 import sys
 
 import pytest
+
+from data.arguments import exit_with
 
 
 def run(program, arguments, monkeypatch) -> int:
@@ -43,6 +46,12 @@ def test_a_file_where_the_folder_is_to_be_is_one_line(program, arguments, tmp_pa
     assert run(program, [*arguments, "--out", "here.txt"], monkeypatch) == 2
     assert capsys.readouterr().err == "error: --out here.txt: no folder can be made there (is a file); choose another\n"
     assert (tmp_path / "here.txt").read_text() == "text"
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        exit_with(lambda: signal.raise_signal(signal.SIGINT))
+    assert stopped.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
 
 
 def test_a_pattern_that_nothing_reads_is_refused_and_a_text_without_validation_is_said(tmp_path, monkeypatch, capsys):

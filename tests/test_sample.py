@@ -1,5 +1,6 @@
 """Sampling takes the weights that a run's result is of, and draws as it is told."""
 import json
+import re
 import subprocess
 import sys
 from itertools import islice
@@ -55,6 +56,14 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(tiny, tmp_path, capsy
     assert texts[0] == texts[1]
     (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
     assert main() == 2 and "prompt.txt: not UTF-8 text (byte 2)\n" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tiny):
+    train_here("--config", tiny, "steps=1")
+    config = the_run(tiny) / "config.yaml"
+    config.write_text(re.sub(r"(?m)^  layers: \d+", "  layers: 6", config.read_text()))
+    with pytest.raises(ValueError, match="the checkpoint is of another model than config.yaml says"):
+        load_run(the_run(tiny))
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
