@@ -116,8 +116,9 @@ def missing_data(cfg) -> str:
     """Which shards training would miss, in the loader's words; "" where all are there."""
     from data.loader import open_data
     from data.shards import ShardError
+    batches = [cfg.batch_tokens] * cfg.steps
     try:
-        train, _ = open_data(cfg.data, cfg.seq_len, cfg.val_tokens, cfg.model.vocab_size, [cfg.batch_tokens] * cfg.steps)
+        train, _ = open_data(cfg.data, cfg.seq_len, cfg.val_tokens, cfg.model.vocab_size, batches)
         train.check_enough(cfg.steps, cfg.batch_tokens)
     except ShardError as error:
         return str(error)
