@@ -1,10 +1,12 @@
 """Sweep files: what is understood, what is drawn, what is refused; how trials are named and packed. Nothing is trained."""
+import io
 import json
 import math
 import subprocess
 import sys
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 
@@ -16,6 +18,8 @@ from scripts.sweep.__main__ import entry
 from scripts.sweep.draw import drawn, grid, parameter, quantile
 from scripts.sweep.file import configurations, read
 from scripts.sweep.plan import plan
+from scripts.sweep.run import Going
+from scripts.sweep.show import Show
 from tests.conftest import ROOT
 
 SCHEMA = json.loads((ROOT / "tests" / "data" / "wandb_sweep_schema.json").read_text())
@@ -58,11 +62,12 @@ def test_a_quantile_is_that_of_the_distribution_by_wandbs_definition(spec, u, va
     assert type(found) is type(value)
 
 
-def test_draws_are_spread_as_the_distribution_says():
-    p = parameter("lr", dict(distribution="log_uniform_values", min=1e-4, max=1.0))
-    logs = sorted(math.log10(drawn(p, number)) for number in range(400))
+def test_draws_are_spread_as_the_distribution_says_and_independent_between_parameters():
+    spec = dict(distribution="log_uniform_values", min=1e-4, max=1.0)
+    logs, others = ([math.log10(drawn(parameter(key, spec), number)) for number in range(400)] for key in ("lr", "eps"))
     expected = [-4 + 4 * (i + 0.5) / 400 for i in range(400)]
-    assert max(abs(a - b) for a, b in zip(logs, expected)) / 4 < 0.08           # Kolmogorov-Smirnov at p < 0.01
+    assert max(abs(a - b) for a, b in zip(sorted(logs), expected)) / 4 < 0.08   # Kolmogorov-Smirnov at p < 0.01
+    assert abs(np.corrcoef(logs, others)[0, 1]) < 0.13                          # likewise
 
 
 @pytest.mark.parametrize("spec, values", [
@@ -214,6 +219,32 @@ def test_more_than_the_machine_has_is_refused(asked, gpus, said):
         pack.slots(*asked, gpus, list(range(4)))
 
 
+# ---- what a terminal shows
+
+def test_the_live_table_follows_the_logs_of_running_trials(tiny, tmp_path):
+    from rich.console import Console
+    text = f"base: {tiny}\nmethod: grid\nparameters: {{optim.hidden.lr: {{values: [0.03, 0.04]}}}}"
+    trials = plan(sweep(tmp_path, text), tmp_path / "out")
+    log = trials[0].folder / "run" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    (log.parent / "env.json").write_text("{}")
+    show, slots = Show(3), pack.slots(2, None, None, [], [0, 1])
+
+    def drawn_now():
+        console = Console(width=150, file=io.StringIO())
+        console.print(show._table([Going(trial, slot, 1, None) for trial, slot in zip(trials, slots)], 1))
+        return console.file.getvalue()
+    log.write_text('{"step": 0, "train_s": 0.0, "val_loss": 4.1589}\n{"step": 3, "train_s": 1.5, "train_loss": 3.5}\n{"st')
+    assert "0 of 3 trials ended, 2 running, 1 waiting" in drawn_now()
+    for seen in ("cores 0", "optim.hidden.lr=0.03", "3 of 12", "3.5000", "4.1589", "4 s", "0 of 12", "starting"):
+        assert seen in drawn_now()                                              # 9 steps left of half a second each
+    with open(log, "a") as file:
+        file.write('ep": 6, "train_s": 3.0, "train_loss": 3.25}\n')
+    assert "6 of 12" in drawn_now() and "3.2500" in drawn_now() and "4.1589" in drawn_now()
+    log.write_text('{"step": 1, "train_s": 0.5, "train_loss": 3.9}\n')         # cut back by a run that continues
+    assert "1 of 12" in drawn_now()
+
+
 # ---- the ranking
 
 def result(lr, seed, loss, status="finished", baseline=False, **more):
@@ -224,15 +255,15 @@ def result(lr, seed, loss, status="finished", baseline=False, **more):
 
 def test_the_table_ranks_means_over_seeds_and_puts_what_is_incomplete_last(tmp_path):
     ranked = sweep(tmp_path, MUON + "method: grid\nparameters: {steps: {value: 1}}")
-    rows = [result(0.1, 0, 3.0, baseline=True), result(0.2, 0, 2.0), result(0.3, 0, 1.0), result(0.4, 0, None, "crashed"),
-            result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4), result(0.3, 1, 0.9, "stopped"),
+    rows = [result(0.1, 0, 3.0, baseline=True), result(0.2, 0, 2.0), result(0.3, 0, 1.0, "stopped"), result(0.4, 0, None, "crashed"),
+            result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4), result(0.3, 1, 0.9),
             result(0.4, 1, None, "waiting")]
     head, _, *lines = [[cell.strip() for cell in line.strip("| ").split(" | ")]
                        for line in results.table(rows, ranked).splitlines()]
     assert head == ["lr", "seeds", "val_loss", "val_loss less baseline's", "not finished"]
     assert [line[0] for line in lines] == ["0.2", "0.1", "0.3", "0.4"]
     assert lines[0][1:4] == ["2 of 2", "2.2000 ± 0.2828", "-0.9000 (-2.1706 to +0.3706)"]     # t(0.975, 1) = 12.706
-    assert lines[2][1:3] == ["1 of 2", "1.0000"] and lines[2][-1] == "1 stopped"
+    assert lines[2][1:4] == ["1 of 2", "0.9000", "-2.3000"] and lines[2][-1] == "1 stopped"
     assert lines[3][-1] == "1 crashed, 1 waiting"
     backwards = results.table(rows, ranked._replace(maximize=True)).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in backwards] == ["0.1", "0.2", "0.3", "0.4"]
