@@ -308,5 +308,5 @@ def test_initial_values_are_drawn_as_described():
                 assert w.std().item() == pytest.approx(1, rel=.03) and w.abs().max() > 3, where
             else:
                 half = w.shape[1] ** -.5
-                assert .98 * half < w.max() <= half and -half <= w.min() < -.98 * half, where
+                assert .997 * half < w.max() <= half and -half <= w.min() < -.997 * half, where
                 assert w.std().item() == pytest.approx(half / math.sqrt(3), rel=.03), where
