@@ -42,7 +42,7 @@ def load_run(run: Path, activation_dtype: torch.dtype = torch.float32) -> tuple[
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise ValueError(f"{run}: the checkpoint is of another model than config.yaml says; restore that file") from None
+        raise ValueError(f"{run}: the checkpoint is of another model than config.yaml says; restore that") from None
     return config, model
 
 
