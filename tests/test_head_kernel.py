@@ -1,8 +1,6 @@
 """The head's loss in Triton: interpreted on a CPU against float64, compiled for every architecture, raced on a GPU."""
 import contextlib
 import itertools
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from model.config import ModelConfig, Softcap
 from model.gpt import GPT
 from model.head import LossError, cap, check_loss, head_loss
 from tests.aot import CAPABILITIES, SHARED_BYTES, resources
+from tests.interpreted import interpreter
 
 SOFTCAPS = {"none": None, "tanh": Softcap("tanh", 15.0), "sigmoid": Softcap("sigmoid", 23.0, 7.5, 5.0),
             "isru": Softcap("isru", 15.0)}
@@ -19,16 +18,6 @@ ROUNDED = {f"{form}_before_cast": Softcap(s.form, s.cap, s.scale, s.shift, True)
 BOTH = SOFTCAPS | ROUNDED
 SMALL = {"vocab_size": 61, "padded_vocab_size": 64, "layers": 1, "heads": 2, "width": 32, "tied": False,
          "softcap": SOFTCAPS["tanh"]}
-
-
-@contextlib.contextmanager
-def interpreter():
-    """run(f, *arguments): in a process in which Triton interprets kernels, which it decides when it is imported."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(torch.set_num_threads, 1).result()              # starts the process
-        yield lambda f, *arguments: pool.submit(f, *arguments).result()
 
 
 @pytest.fixture(scope="module")
