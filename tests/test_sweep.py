@@ -1,4 +1,4 @@
-"""Sweep files: what is understood, what is drawn, what is refused; how trials are named and packed. Nothing is trained."""
+"""Sweep files: what is understood, drawn and refused; how trials are named, packed and ranked. Nothing is trained."""
 import io
 import json
 import math
@@ -80,7 +80,8 @@ def test_a_grid_has_the_values_that_wandbs_has(spec, values):
 # ---- files
 
 def test_nested_and_dotted_parameters_give_the_same_keys(tmp_path):
-    nested = MUON + "method: grid\nparameters: {optim: {parameters: {hidden: {parameters: {lr: {values: [0.1, 0.2]}}}}}}"
+    nested = MUON + "method: grid\n" \
+                    "parameters: {optim: {parameters: {hidden: {parameters: {lr: {values: [0.1, 0.2]}}}}}}"
     dotted = MUON + "method: grid\nparameters: {optim.hidden.lr: {values: [0.1, 0.2]}}"
     assert points(tmp_path, nested) == points(tmp_path, dotted) == [{"optim.hidden.lr": 0.1}, {"optim.hidden.lr": 0.2}]
 
@@ -104,15 +105,15 @@ def test_a_random_search_is_the_same_again_and_grows_with_its_budget_and_its_par
 
 
 def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
-    text = "method: random\nrun_cap: 13\nseeds: [0, 1]\nparameters: {config: {values: [demo/muon.yaml, demo/sgd.yaml]}, " \
-           "steps: {min: 1, max: 900}}"
+    text = "method: random\nrun_cap: 13\nseeds: [0, 1]\n" \
+           "parameters: {config: {values: [demo/muon.yaml, demo/sgd.yaml]}, steps: {min: 1, max: 900}}"
     found = configurations(sweep(tmp_path, text))
     assert [each.base for each in found] == 3 * ["demo/muon.yaml"] + 3 * ["demo/sgd.yaml"]
     assert [each.parameters for each in found[:3]] == [each.parameters for each in found[3:]]     # equal draws for each
 
 
 @pytest.mark.parametrize("text, said", [
-    ("method: bayes\nparameters: {steps: {value: 1}}", "method: expected grid or random, got 'bayes'"),
+    ("method: baies\nparameters: {steps: {value: 1}}", "method: expected grid, random or bayes, got 'baies'"),
     ("method: grid\nbudgets: 3\nparameters: {steps: {value: 1}}", ":3: budgets: no such key; there are"),
     ("method: grid\nparameters: {steps: {values: [3e-4]}}", "0.0003 is '3e-4' to wandb; write 3.0e-4"),
     ("method: grid\nparameters: {steps: {valeus: [3]}}", "parameters.steps: expected value, values, min and max"),
@@ -124,10 +125,10 @@ def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
     ("method: random\nparameters: {steps: {min: 1, max: 3}}", "write budget (configurations) or run_cap"),
     ("method: random\nbudget: 4\nparameters: {steps: {min: 1, max: 3}}", "only 3 different configurations"),
     ("method: grid\nbudget: 4\nparameters: {steps: {value: 1}}", "budget: a grid runs all that it holds"),
-    ("method: grid\nearly_terminate: {type: hyperband}\nparameters: {steps: {value: 1}}", "early_terminate: trials run"),
+    ("method: grid\nearly_terminate: {type: hyperband}\nparameters: {steps: {value: 1}}", "early_terminate: trials"),
     ("method: grid\nseeds: [1, 1]\nparameters: {steps: {value: 1}}", "equal seeds give equal runs"),
     ("method: grid\nseeds: [1]\nparameters: {steps: {value: 1}, seed: {value: 2}}", "there twice, in seeds"),
-    ("method: grid\nparameters: {steps: {value: 1}, config: {value: a}}", "there twice, in base and in parameters.conf"),
+    ("method: grid\nparameters: {steps: {value: 1}, config: {value: a}}", "there twice, in base and in parameters"),
     ("method: grid\nmetric: {name: val/los}\nparameters: {steps: {value: 1}}", "metric.name: no 'val/los'"),
     ("method: grid\nmetric: {name: val/loss_avg}\nparameters: {steps: {value: 1}}", "there is no average"),
     ("method: grid\nparameters: {optim.hiden.lr: {value: 1}}", "optim has no group 'hiden'; did you mean 'hidden'?"),
@@ -181,7 +182,8 @@ def test_a_trial_is_named_by_what_it_runs_however_that_is_written(tiny, tmp_path
 
 
 def test_trials_load_back_from_their_files_and_a_first_seed_comes_before_a_second(tiny, tmp_path):
-    text = f"base: {tiny}\nmethod: grid\nseeds: [5, 6]\nbaseline: {{steps: 9}}\nparameters: {{steps: {{values: [7, 9]}}}}"
+    text = f"base: {tiny}\nmethod: grid\nseeds: [5, 6]\nbaseline: {{steps: 9}}\n" \
+           "parameters: {steps: {values: [7, 9]}}"
     trials = plan(sweep(tmp_path, text), tmp_path / "out")
     assert [(t.config.seed, t.config.steps, t.is_baseline) for t in trials] == \
         [(5, 9, True), (5, 7, False), (6, 9, True), (6, 7, False)]
@@ -234,7 +236,8 @@ def test_the_live_table_follows_the_logs_of_running_trials(tiny, tmp_path):
         console = Console(width=150, file=io.StringIO())
         console.print(show._table([Going(trial, slot, 1, None) for trial, slot in zip(trials, slots)], 1))
         return console.file.getvalue()
-    log.write_text('{"step": 0, "train_s": 0.0, "val_loss": 4.1589}\n{"step": 3, "train_s": 1.5, "train_loss": 3.5}\n{"st')
+    log.write_text('{"step": 0, "train_s": 0.0, "val_loss": 4.1589}\n'
+                   '{"step": 3, "train_s": 1.5, "train_loss": 3.5}\n{"st')
     assert "0 of 3 trials ended, 2 running, 1 waiting" in drawn_now()
     for seen in ("cores 0", "optim.hidden.lr=0.03", "3 of 12", "3.5000", "4.1589", "4 s", "0 of 12", "starting"):
         assert seen in drawn_now()                                              # 9 steps left of half a second each
@@ -248,15 +251,15 @@ def test_the_live_table_follows_the_logs_of_running_trials(tiny, tmp_path):
 # ---- the ranking
 
 def result(lr, seed, loss, status="finished", baseline=False, **more):
-    return dict(configuration=str(lr), base="muon.yaml", parameters={"lr": lr}, baseline=baseline, seed=seed, status=status,
-                val_loss=loss, **dict.fromkeys(("val_loss_avg", "target_step", "target_train_s", "train_s",
-                                                "tokens_per_s")) | more)
+    return dict(configuration=str(lr), base="muon.yaml", parameters={"lr": lr}, baseline=baseline, seed=seed,
+                status=status, val_loss=loss, val_loss_avg=None, target_train_s=None, train_s=None, tokens_per_s=None,
+                **{"target_step": None, **more})
 
 
 def test_the_table_ranks_means_over_seeds_and_puts_what_is_incomplete_last(tmp_path):
     ranked = sweep(tmp_path, MUON + "method: grid\nparameters: {steps: {value: 1}}")
-    rows = [result(0.1, 0, 3.0, baseline=True), result(0.2, 0, 2.0), result(0.3, 0, 1.0, "stopped"), result(0.4, 0, None, "crashed"),
-            result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4), result(0.3, 1, 0.9),
+    rows = [result(0.1, 0, 3.0, baseline=True), result(0.2, 0, 2.0), result(0.3, 0, 1.0, "stopped"),
+            result(0.4, 0, None, "crashed"), result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4), result(0.3, 1, 0.9),
             result(0.4, 1, None, "waiting")]
     head, _, *lines = [[cell.strip() for cell in line.strip("| ").split(" | ")]
                        for line in results.table(rows, ranked).splitlines()]

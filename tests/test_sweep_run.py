@@ -104,7 +104,8 @@ def test_a_sweep_that_is_stopped_or_killed_continues_its_trial_where_it_was(tiny
     write_shard(tmp_path / "long.bin", (np.arange(batch_tokens * steps + 1) * 7 % 64).astype(np.uint16))
     path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nparameters: {{steps: {{value: {steps}}}, "
                                 f"data.train: {{value: {tmp_path / 'long.bin'}}}, "
-                                f"batch_tokens: {{value: {batch_tokens}}}, val_every: {{value: 250}}, checkpoint_every: {{value: 20}}}}")
+                                f"batch_tokens: {{value: {batch_tokens}}}, val_every: {{value: 250}}, "
+                                "checkpoint_every: {value: 20}}")
     sweep = start(path, out)
     until(lambda: steps_done(out) >= 3, sweep)
     sweep.send_signal(signal.SIGINT)

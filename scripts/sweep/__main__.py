@@ -38,13 +38,14 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 1. the file, and every trial of it
     args = arguments(argv)
     from harness.processes import EXIT_REQUEUE
-    from scripts.sweep import file, pack, plan
+    from scripts.sweep import bayes, file, pack, plan
     from scripts.sweep.results import FINAL, row, status_of, table, write_results
     from scripts.sweep.run import run
     from scripts.sweep.show import Show
     sweep = file.read(args.file)
     out = args.out or Path("runs/sweeps") / args.file.stem
-    trials = plan.plan(sweep, out)
+    search = bayes.Search(sweep, out) if sweep.method == "bayes" else None
+    trials = plan.plan(sweep, out, search.remembered if search else ())
     if args.table:
         print(table([row(trial, out) for trial in trials], sweep))
         return 0
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
     done = sum(status_of(trial) in FINAL for trial in trials)
     configurations = len({plan.configuration_id(trial.configuration) for trial in trials})
     heading = (f"{out}: {len(trials)} trials of {configurations} configurations, {done} done already; {len(slots)} at "
-               f"once on {', '.join(map(str, slots))}")
+               f"once on {', '.join(map(str, slots))}"
+               + (f"; {sweep.budget} configurations a preset in the end, as results come" if search else ""))
     if args.dry_run:
         print(heading)
         for trial in trials:
@@ -81,8 +83,14 @@ def main(argv: list[str]) -> int:
         show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {plan.in_words(trial.configuration)}: {what}"
                  + (f", val_loss {loss:.4f}" if what == "finished" else ""))
 
+    def more() -> list[plan.Trial]:
+        added = search.next_trials(rows) if search else []
+        rows.update((trial.name, row(trial, out)) for trial in added)
+        show.trials = len(rows)
+        return added
+
     try:
-        complete = run(trials, slots, out, changed, show.look)
+        complete = run(trials, slots, out, changed, show.look, more)
     finally:
         show.close()
 

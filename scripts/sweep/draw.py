@@ -118,10 +118,15 @@ def grid(p: Parameter) -> list:
     return [_digits(low + i * q, 12) for i in range(math.ceil((high - low) / q - 1e-9))]
 
 
-def drawn(p: Parameter, number: int) -> Any:
-    """The value of draw `number` of a random search: always the same, whatever the other parameters are."""
+def share(p: Parameter, number: int) -> float:
+    """From 0 to 1, for draw `number` of a random search: always the same, whatever the other parameters are."""
     from numpy.random import default_rng
-    return quantile(p, default_rng([number, zlib.crc32(p.key.encode())]).random())
+    return default_rng([number, zlib.crc32(p.key.encode())]).random()
+
+
+def drawn(p: Parameter, number: int) -> Any:
+    """The value of draw `number`."""
+    return quantile(p, share(p, number))
 
 
 def quantile(p: Parameter, u: float) -> Any:

@@ -1,9 +1,9 @@
 """A sweep file: the YAML that `wandb sweep` takes, and four keys of our own.
 
-    method: grid                        # or random; everything but `base`, `seeds`, `budget`, `baseline` is wandb's
+    method: grid                        # random, bayes; everything but `base`, `seeds`, `budget`, `baseline` is wandb's
     base: demo/muon.yaml                # the preset; in wandb's own words: parameters: {config: {value: ...}}
     seeds: [0, 1, 2]                    # every configuration runs with each; wandb's: parameters: {seed: {values: ...}}
-    budget: 20                          # random: configurations to draw for each preset; run_cap counts trials
+    budget: 20                          # random, bayes: configurations to try for each preset; run_cap counts trials
     baseline: {optim.hidden.lr: 0.02}   # one more configuration, which the table compares the others to
     metric: {name: val/loss, goal: minimize}
     parameters:
@@ -33,6 +33,7 @@ REFUSED = {
 # What wandb calls it, or our summary does -> the key of a result.
 METRICS = {"val/loss": "val_loss", "val/loss_avg": "val_loss_avg"} | {key: key for key in (
     "val_loss", "val_loss_avg", "target_step", "target_train_s", "train_s", "tokens_per_s")}
+STARTUP = 10                            # configurations of a Bayesian search that are drawn at random
 TRIES_A_DRAW = 100                      # before a random search says that it has no more configurations
 
 
@@ -43,7 +44,7 @@ class Configuration(NamedTuple):
 
 class Sweep(NamedTuple):
     path: Path
-    method: str                         # grid or random
+    method: str                         # grid, random or bayes
     parameters: tuple[Parameter, ...]   # without config and seed
     bases: tuple[str, ...]
     seeds: tuple[int, ...]              # () for the one that the preset has
@@ -86,8 +87,8 @@ def read(path: Path) -> Sweep:
     where = {key: (key,) if key in said else ("controller", key) for key in own}
 
     method = said.get("method")
-    if method not in ("grid", "random"):
-        raise refuse(f"expected grid or random, got {method!r}", "method")
+    if method not in ("grid", "random", "bayes"):
+        raise refuse(f"expected grid, random or bayes, got {method!r}", "method")
     parameters = _parameters(said.get("parameters"), ("parameters",), refuse)
     if twice := [key for key in parameters if key in ("trials", "runs_dir", "name")]:
         raise refuse("the sweep itself sets it for its trials; remove it", "parameters", twice[0])
@@ -112,10 +113,10 @@ def read(path: Path) -> Sweep:
             raise refuse(f"expected a whole number from 1 on, got {value!r}", *at)
     if method == "grid" and budget is not None:
         raise refuse("a grid runs all that it holds; remove it, or take method: random", *where["budget"])
-    if method == "random":
+    if method != "grid":
         each = max(1, len(seeds)) * len(bases)              # trials of a draw
         if budget is None and run_cap is None:
-            raise refuse("random draws for ever; write budget (configurations) or run_cap (trials)", "method")
+            raise refuse(f"{method} goes on for ever; write budget (configurations) or run_cap (trials)", "method")
         if (run_cap or each) < each:
             raise refuse(f"{run_cap} trials, but one draw is {each}: every preset with every seed", "run_cap")
         budget = min(budget or run_cap, (run_cap or each * budget) // each)
@@ -200,14 +201,14 @@ def _metric(said: Any, refuse) -> tuple[str, bool]:
 
 
 def configurations(sweep: Sweep) -> list[Configuration]:
-    """All that the sweep tries, the baseline first; a larger budget only adds to them.
+    """All that the sweep tries, the baseline first; a larger budget only adds to them. Of bayes, those drawn at random.
 
     Raises:
         ConfigError: a parameter has no grid, or the budget is larger than what there is to draw.
     """
     found = [sweep.baseline] if sweep.baseline else []
     for base in sweep.bases:
-        found += _gridded(sweep, base) if sweep.method == "grid" else _drawn(sweep, base)
+        found += _gridded(sweep, base) if sweep.method == "grid" else [each for _, each in draws(sweep, base)]
     return [each for position, each in enumerate(found) if each not in found[:position]]
 
 
@@ -222,14 +223,14 @@ def _gridded(sweep: Sweep, base: str) -> list[Configuration]:
     return [Configuration(base, dict(zip(keys, point))) for point in product(*values)]
 
 
-def _drawn(sweep: Sweep, base: str) -> list[Configuration]:
-    """Different ones: what was drawn before is drawn again."""
-    found = []
-    for number in range(sweep.budget * TRIES_A_DRAW):
+def draws(sweep: Sweep, base: str) -> list[tuple[int, Configuration]]:
+    """Different configurations with the numbers of their draws: what was drawn before is drawn again."""
+    found, wanted = [], min(sweep.budget, STARTUP) if sweep.method == "bayes" else sweep.budget
+    for number in range(wanted * TRIES_A_DRAW):
         point = Configuration(base, {each.key: drawn(each, number) for each in sweep.parameters})
-        if point not in found:
-            found.append(point)
-        if len(found) == sweep.budget:
+        if point not in [each for _, each in found]:
+            found.append((number, point))
+        if len(found) == wanted:
             return found
-    raise ConfigError(f"{sweep.path}: {sweep.budget * TRIES_A_DRAW} draws have only {len(found)} different "
-                      f"configurations, budget is {sweep.budget}; lower it, or take method: grid")
+    raise ConfigError(f"{sweep.path}: {wanted * TRIES_A_DRAW} draws have only {len(found)} different configurations, "
+                      f"budget is {sweep.budget}; lower it, or take method: grid")

@@ -10,6 +10,7 @@ the sweep file is called and however the values are written. It has the folder t
 """
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from model.gpt import GPT
 from optim.groups import GroupError
 from scripts.sweep.file import Configuration, Sweep, configurations
 
+REFUSALS = (ConfigError, GroupError, ShardError)
 MOST_PROBLEMS = 10                      # lines of a refusal
 
 
@@ -37,37 +39,42 @@ class Trial(NamedTuple):
     config: Config                      # its seed and runs_dir too
 
 
-def plan(sweep: Sweep, out: Path) -> list[Trial]:
-    """Every trial, all configurations with the first seed before any with the second.
+def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list[Trial]:
+    """Every trial, all configurations, and `further` ones, with the first seed before any with the second.
 
     Raises:
         ConfigError: a line for each problem, with the parameters that have it.
     """
     found, problems, checked = {}, {}, set()
     for seed in sweep.seeds or (None,):
-        for each in configurations(sweep):
-            words = [f"{key}={json.dumps(value)}" for key, value in each.parameters.items()]
+        for each in [*configurations(sweep), *further]:
             try:
-                config = load(each.base, [*words, *([] if seed is None else [f"seed={seed}"]), "trials=1"]).config
-                _check(config, sweep, checked)
-            except (ConfigError, GroupError, ShardError) as error:
+                trial = trial_of(each, seed, sweep, out, checked)
+            except REFUSALS as error:
                 for line in str(error).splitlines():
                     problems.setdefault(line, each)
                 continue
-            name = config_identity(config)
-            folder = out / "trials" / name
-            if name not in found:
-                found[name] = Trial(name, folder, each, each == sweep.baseline, replace(config, runs_dir=str(folder)))
-            elif found[name].is_baseline:                             # with the words that say more
-                found[name] = found[name]._replace(configuration=each)
-            else:
-                problems.setdefault(f"describes the same run as {in_words(found[name].configuration)}: what differs does "
-                                    "not change a result (for speed: python -m scripts.bench compare)", each)
+            twin = found.setdefault(trial.name, trial)
+            if twin is not trial and twin.is_baseline:                # with the words that say more
+                found[trial.name] = twin._replace(configuration=each)
+            elif twin is not trial:
+                problems.setdefault(f"describes the same run as {in_words(twin.configuration)}: what differs does not "
+                                    "change a result (for speed: python -m scripts.bench compare)", each)
     if problems:
         lines = [f"{sweep.path}: {in_words(each)}: {line}" for line, each in problems.items()]
         more = [f"{sweep.path}: and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
         raise ConfigError("\n".join(lines[:MOST_PROBLEMS] + more))
     return list(found.values())[:sweep.run_cap]
+
+
+def trial_of(each: Configuration, seed: int | None, sweep: Sweep, out: Path, checked: set[str]) -> Trial:
+    """One of them, checked; `checked` holds the data that was. Raises REFUSALS."""
+    words = [f"{key}={json.dumps(value)}" for key, value in each.parameters.items()]
+    config = load(each.base, [*words, *([] if seed is None else [f"seed={seed}"]), "trials=1"]).config
+    _check(config, sweep, checked)
+    name = config_identity(config)
+    folder = out / "trials" / name
+    return Trial(name, folder, each, each == sweep.baseline, replace(config, runs_dir=str(folder)))
 
 
 def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:

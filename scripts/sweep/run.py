@@ -48,18 +48,23 @@ class Signals:
 
 
 def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Trial, str], None],
-        look: Callable[[list[Going], int], None]) -> bool:
+        look: Callable[[list[Going], int], None], more: Callable[[], list[Trial]]) -> bool:
     """Run what is not finished yet; whether all of it was tried (False: a signal came first).
 
     Args:
         changed: called with a trial and what became of it, in words, whenever its status changes.
         look: called with the running trials and the number of waiting ones, five times a second.
+        more: called when there is room and nothing waits; trials to add, or none.
     """
     waiting = [(trial, 1) for trial in trials if status_of(trial) not in FINAL]
     going, told, free = [], 0, list(slots)
     signals = Signals()
     try:
-        while waiting and not signals.count or going:
+        while True:
+            if free and not waiting and not signals.count:
+                waiting += [(trial, 1) for trial in more()]
+            if not going and (signals.count or not waiting):
+                break
             for trial, attempt in list(waiting) if free and not signals.count else ():
                 status = status_of(trial)
                 if status == "running" or not free:                   # left over from a killed sweep: it will end
