@@ -1,5 +1,6 @@
 """Shared by the tests: a tiny corpus and configuration, and ways to run train.py in this process or in others."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a background job ignores Ctrl-C, and so would its children
 torch.set_num_threads(1)                # tiny tensors: a second thread only waits, and costs most on a busy machine
 
 TINY = """
