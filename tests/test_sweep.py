@@ -259,7 +259,8 @@ def result(lr, seed, loss, status="finished", baseline=False, **more):
 def test_the_table_ranks_means_over_seeds_and_puts_what_is_incomplete_last(tmp_path):
     ranked = sweep(tmp_path, MUON + "method: grid\nparameters: {steps: {value: 1}}")
     rows = [result(0.1, 0, 3.0, baseline=True), result(0.2, 0, 2.0), result(0.3, 0, 1.0, "stopped"),
-            result(0.4, 0, None, "crashed"), result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4), result(0.3, 1, 0.9),
+            result(0.4, 0, None, "crashed"), result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4),
+            result(0.3, 1, 0.9),
             result(0.4, 1, None, "waiting")]
     head, _, *lines = [[cell.strip() for cell in line.strip("| ").split(" | ")]
                        for line in results.table(rows, ranked).splitlines()]

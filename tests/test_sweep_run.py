@@ -67,21 +67,24 @@ def trial_process(sweep):
 
 
 def test_a_crash_is_retried_once_and_reported_and_stops_no_other_trial(tiny, tmp_path, capsys):
-    """A model of 3 petabytes fits no machine; the other trial finishes, and is skipped later."""
-    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\n"
+    """A model of a petabyte fits no machine; a rate of 1e30 ends with losses that are not finite, which is a result."""
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nbaseline: {{optim.rest.lr: 1.0e+30}}\n"
                                 "parameters: {model.vocab_size: {values: [64, 10000000000000]}}")
     cores = sorted(os.sched_getaffinity(0))[:2] if sys.platform == "linux" else []
     jobs = ["--jobs", str(max(1, len(cores)))]
     assert entry([path, "--out", str(out), *jobs]) == 1
     said = capsys.readouterr()
-    good, bad = rows_of(out)
-    assert [good["status"], bad["status"]] == ["finished", "crashed"]
+    wild, good, bad = rows_of(out)
+    assert [wild["status"], good["status"], bad["status"]] == ["not_finite", "finished", "crashed"]
+    assert (out / "trials" / wild["trial"] / "output.txt").read_text().count("error:") == 1     # not tried again
     assert f"error: trial {bad['trial']}: crashed; exit code 1: " in said.err and "memory" in bad["error"], said.err
     assert (out / "trials" / bad["trial"] / "output.txt").read_text().count("Traceback") == 2
     summary = json.loads((out / good["run"] / "summary.json").read_text())
     assert good["val_loss"] == summary["val_loss"] and good["tokens_per_s"] == summary["tokens_per_s"]
     assert good["steps"] == good["of_steps"] == 12 and good["seed"] == summary["seed"] == 0
-    assert f"| 64 | 1 of 1 | {good['val_loss']:.4f} | " in said.out
+    table = said.out[said.out.index("| "):]
+    assert f"| 64 | 1 of 1 | {good['val_loss']:.4f} | " in table and "1 not_finite" in table
+    assert entry([path, "--out", str(out), "--table"]) == 0 and capsys.readouterr().out == table
     train_here("--config", tiny)
     alone = losses(next((tmp_path / "runs").iterdir()))
     assert losses(out / good["run"]) == alone                                   # the same run as without a sweep
@@ -89,8 +92,8 @@ def test_a_crash_is_retried_once_and_reported_and_stops_no_other_trial(tiny, tmp
     path, _ = write(tmp_path, (tmp_path / "sweep.yaml").read_text().replace("[64, 10000000000000]", "[64]"))
     assert entry([path, "--out", str(out), *jobs]) == 0
     said = capsys.readouterr()
-    assert "1 trials of 1 configurations, 1 done already" in said.out and "started" not in said.out
-    assert [each["run"] for each in rows_of(out)] == [good["run"]]
+    assert "2 trials of 2 configurations, 2 done already" in said.out and "started" not in said.out
+    assert [each["run"] for each in rows_of(out)] == [wild["run"], good["run"]]
 
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
