@@ -183,10 +183,11 @@ def test_a_trial_is_named_by_what_it_runs_however_that_is_written(tiny, tmp_path
 
 def test_trials_load_back_from_their_files_and_a_first_seed_comes_before_a_second(tiny, tmp_path):
     text = f"base: {tiny}\nmethod: grid\nseeds: [5, 6]\nbaseline: {{steps: 9}}\n" \
-           "parameters: {steps: {values: [7, 9]}}"
+           "parameters: {steps: {values: [7, 9]}, grad_clip: {value: 0.5}}"
     trials = plan(sweep(tmp_path, text), tmp_path / "out")
     assert [(t.config.seed, t.config.steps, t.is_baseline) for t in trials] == \
         [(5, 9, True), (5, 7, False), (6, 9, True), (6, 7, False)]
+    assert {trial.config.grad_clip for trial in trials} == {0.5}                # what is constant holds for the baseline
     for trial in trials:
         (tmp_path / "trial.yaml").write_text(to_yaml(trial.config))
         config = load(str(tmp_path / "trial.yaml")).config

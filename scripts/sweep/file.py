@@ -4,7 +4,7 @@
     base: demo/muon.yaml                # the preset; in wandb's own words: parameters: {config: {value: ...}}
     seeds: [0, 1, 2]                    # every configuration runs with each; wandb's: parameters: {seed: {values: ...}}
     budget: 20                          # random, bayes: configurations to try for each preset; run_cap counts trials
-    baseline: {optim.hidden.lr: 0.02}   # one more configuration, which the table compares the others to
+    baseline: {optim.hidden.lr: 0.02}   # what the table compares to: these over the preset and every `value` below
     metric: {name: val/loss, goal: minimize}
     parameters:
       optim.hidden.lr: {distribution: log_uniform_values, min: 0.005, max: 0.08}
@@ -124,10 +124,11 @@ def read(path: Path) -> Sweep:
     baseline = own.get("baseline")
     if baseline is not None:
         if not isinstance(baseline, dict) or baseline.keys() & {"seed", "seeds"}:
-            raise refuse("expected a mapping of dotted keys to values, without a seed; {} is the preset itself",
+            raise refuse("expected a mapping of dotted keys to values, without a seed; {} is the preset",
                          *where["baseline"])
+        constant = {key: each.spec["value"] for key, each in parameters.items() if each.distribution == "constant"}
         keys = {key: value for key, value in baseline.items() if key != "config"}
-        baseline = Configuration(baseline.get("config", bases[0]), keys)
+        baseline = Configuration(baseline.get("config", bases[0]), constant | keys)
     return Sweep(path, method, tuple(parameters.values()), tuple(bases), tuple(seeds), budget, run_cap, baseline,
                  metric, maximize)
 
