@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,15 @@ def start_worker(recipe: Recipe) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def submit(pool: ProcessPoolExecutor, task: list[Block]) -> Future:
+    """Hand a task to the pool. A worker that this starts inherits the block: Ctrl-C cannot meet it while it imports."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(work, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def work(task: list[Block]) -> Encoded:
     return encode_task(worker_recipe, task)
 
@@ -97,7 +106,7 @@ def encode_all(recipe: Recipe, blocks: Iterable[tuple[Block, dict]], workers: in
     waiting = deque()
     try:
         for task, position in todo:
-            waiting.append((pool.submit(work, task), position))
+            waiting.append((submit(pool, task), position))
             if len(waiting) > 2 * workers:                   # the bound on what is in memory
                 future, behind = waiting.popleft()
                 yield future.result(), behind

@@ -73,7 +73,7 @@ def check(device: torch.device) -> str:
             D = P @ P.mT
             pairs.append((kernel(P, P, D, 0.5, -2.0, launch=launch), reference(P, P, D, 0.5, -2.0)))
     G, M, half, keep = X.float(), X.flip(1).float(), X.new_tensor(0.5, dtype=torch.float64), X.new_ones((), dtype=bool)
-    exact = passes.reference(None, G, M, 0.5, True, True)
+    exact = passes.reference(G, M, 0.5, True, True)
     O = passes.momentum_and_norm(G, M, half, True, True, 1.0, dtype, None, keep)
     pairs += zip((M, O), exact)
     before = exact[1].flip(1).float()           # as large as O, so that a wrong step shows

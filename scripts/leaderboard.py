@@ -8,12 +8,13 @@ target and validation text; runs of two classes never meet. A row is one configu
 its runs a seed each. Every run that is not counted is listed, with the reason. A target counts as reached at the first
 validation that meets it, and a row's time is given where all of its runs did; +- is the standard deviation.
 """
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from data.arguments import Parser
 
 COLUMNS = ("preset", "n", "seeds", "steps", "last val loss", "steps to target", "seconds to target", "verdict", "date",
            "revision")
@@ -259,8 +260,7 @@ def page(folders: list[Path], out: Path) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.leaderboard", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.leaderboard", __doc__)
     parser.add_argument("folders", type=Path, nargs="*", metavar="RUNS_DIR", help="default: runs")
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"), metavar="DIR",
                         help="for README.md and its pictures (default: %(default)s)")

@@ -15,7 +15,6 @@ tcpi_bytes_received; Linux). Gloo's algorithms, as these counts show them for to
 
 Gloo adds headers and small messages: at most OVERHEAD bytes for every rank, peer and operation.
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data.arguments import Parser
 from harness.config import Config
 from harness.load import load
 from model.gpt import GPT
@@ -186,7 +186,7 @@ def row(case: str, step: Step) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.moved", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks (default 1 2 3 4)")
     args = parser.parse_args(argv)
     if not sys.platform.startswith("linux"):

@@ -6,7 +6,6 @@ Times are of the hidden matrices alone (attention and MLP weights), refreshes of
 matrices together; with --gpt2 also for GPT-2 124M, where one matrix of each shape is timed and counted as often as
 there are such, since some rules take minutes there on a CPU. State is what `init` makes, beside the paper's formula.
 """
-import argparse
 import json
 import statistics
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.arguments import Parser
 from harness import processes
 from harness.load import load
 from optim import RULES
@@ -105,7 +105,7 @@ def source_of(name: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.optimizers", __doc__)
     parser.add_argument("--race", type=Path, default=Path("runs/race"), help="where scripts.race left its runs")
     parser.add_argument("--gpt2", action="store_true", help="time GPT-2 124M's matrices too (minutes on a CPU)")
     parser.add_argument("rules", nargs="*", help="default: every rule")

@@ -10,12 +10,13 @@ Where several runs of a record were published, a loss lies inside if it is withi
 mean (deviations of one more run from a mean of n). Where there is one curve alone, only the end point is judged,
 against three times .0040, the standard deviation between seeds of that time; what comes before is for the eye.
 """
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from data.arguments import Parser
 
 CURVES = Path(__file__).resolve().parent.parent / "configs" / "records" / "curves"
 SIGMAS = 3
@@ -160,8 +161,7 @@ def draw(runs: list, names: list[str], record: dict, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory or a published log")
     parser.add_argument("--record", metavar="NAME", help="a file of configs/records/curves/, or a preset; default: "
                         "the run's own preset")

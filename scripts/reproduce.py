@@ -10,7 +10,6 @@ fetched, an interrupted run continues from its last checkpoint, finished seeds a
 Runs lie in <runs_dir>/reproduce/<preset>/<machine>-<code>/, <code> a digest of the sources, the device and torch's
 version, so that after a change to the code or on another machine all seeds are run anew.
 """
-import argparse
 import os
 import re
 import signal
@@ -18,6 +17,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+from data.arguments import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "configs" / "records"
@@ -228,8 +229,7 @@ def reproduce(record: str, gpus: int | None, seeds: int, overrides: list[str]) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.reproduce", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.reproduce", __doc__)
     parser.add_argument("record", metavar="RECORD", help="e.g. 04-muon or track3/normuon")
     parser.add_argument("--gpus", type=int, metavar="N", help="processes (default: a GPU each; without GPUs one)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, with seeds 0, 1, ... (default: 1)")

@@ -5,13 +5,13 @@
 Losses are nats per token, those of the weights that the target was asked of; seconds are those on the clock. A run that
 was cut off has no summary.json and shows what its log has.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import yaml
 
+from data.arguments import Parser
 from harness.rundir import read_log, state_of
 
 COLUMNS = ("preset", "seed", "steps", "first val loss", "target", "reached", "last val loss", "bits per byte",
@@ -58,7 +58,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.results", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
     args = parser.parse_args()
     rows = []

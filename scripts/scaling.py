@@ -7,7 +7,6 @@
 Counts are optim/traffic.py's, of models on "meta"; times follow from them and from the constants below by the formulas
 of docs/scaling.md. Nothing is measured here: scripts/moved.py counts what really moves.
 """
-import argparse
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.arguments import Parser
 from harness.config import Config
 from harness.load import load
 from harness.preflight import memory_bytes
@@ -276,7 +276,7 @@ def with_tables(page: str, made: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.scaling", __doc__)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables in this page, print nothing")
     for f in fields(Constants):
         parser.add_argument(f"--{option(f)}", type=f.type, default=f.default,

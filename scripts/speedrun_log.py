@@ -12,12 +12,13 @@ they were when the run began, each file as it is:
 The losses are those of the weights that the run's target is asked of, the times those on its clock. A log is written
 only if `scripts.logs` reads from it what it reads from the run.
 """
-import argparse
 import json
 import os
 import shlex
 import sys
 from pathlib import Path
+
+from data.arguments import Parser
 
 RULE = "=" * 100
 END = "__END_OF_FILE__"             # of a file in the archive
@@ -130,8 +131,7 @@ def write_checked(out: Path, text: str, run, form: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.speedrun_log", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.speedrun_log", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     parser.add_argument("--form", choices=FORMS, default="track3", help="of the lines of steps (default: track3)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/<its name>.txt")

@@ -12,7 +12,6 @@ Differences are runs less baseline. Seconds are compared where both sets name th
 else it does, so alternate the sets. "More runs" is how many it takes if mean and standard deviation stay as they are;
 by chance it may take more, so a claim fixes its number first.
 """
-import argparse
 import json
 import math
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from data.arguments import Parser
 from scripts import judge
 from scripts.judge import Difference
 from scripts.logs import LogError, Run, Validation, read
@@ -232,7 +232,7 @@ def as_dict(difference: Difference | None) -> dict | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.verdict", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUNS", help="run directories, or published logs")
     parser.add_argument("--baseline", type=Path, nargs="+", action="append", default=[], metavar="RUNS",
                         help="what to compare with")

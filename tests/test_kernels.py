@@ -112,8 +112,6 @@ def test_kernels_read_the_stack_and_nothing_else(check):
 
 def tiles_that_are_made(side):
     """(i, j) of programs 0, 1, ... as the kernel finds them, by what each stores: its tile holds its own products."""
-    import triton
-    import triton.language as tl
 
     from optim.kernels.symmetric import symmetric_kernel
     n = side * 16
@@ -146,7 +144,7 @@ def errors_of_first_passes(shape, ema, nesterov, clip, magnitude):
     n, rows, cols = shape
     G, M = (draw(2 * n, rows, cols, seed=seed)[::2] * magnitude for seed in (1, 2))
     G = torch.stack([G, G], 1).flatten(0, 1)[::2]        # every second matrix of a stack
-    exact_M, exact_X = reference(None, G, M, 0.9, ema, nesterov, 1.02, clip or 1.0)
+    exact_M, exact_X = reference(G, M, 0.9, ema, nesterov, 1.02, clip or 1.0)
     X = momentum_and_norm(G, M, torch.tensor(0.9, dtype=torch.float64), ema, nesterov, 1.02, torch.float32,
                           clip and torch.tensor(clip), torch.ones((), dtype=torch.bool))
     return error(M / magnitude, exact_M / magnitude), error(X, exact_X)
@@ -168,7 +166,7 @@ def errors_in_several_chunks():
     passes.CHUNK, passes.CHUNKS = 64, tl.constexpr(2)
     G, M = draw(2, 20, 25, seed=1) * torch.logspace(-3, 3, 500).view(20, 25), torch.zeros(2, 20, 25)
     G[1] = G[1].flip(0)
-    exact_M, exact_X = passes.reference(None, G, M, 0.9, True, True)
+    exact_M, exact_X = passes.reference(G, M, 0.9, True, True)
     X = passes.momentum_and_norm(G, M, torch.tensor(0.9), True, True, 1.0, torch.float32, None, torch.tensor(True))
     passes.CHUNK, passes.CHUNKS = before
     return max(error(M[i], exact_M[i]) for i in (0, 1)), max(error(X[i], exact_X[i]) for i in (0, 1))
@@ -297,61 +295,6 @@ def test_a_driven_step_with_the_kernels_is_the_step_without(interpreted):
     assert (announced, plainly) == ("Triton in float32", "plain torch in float32")
     for name in plain:
         assert error(by_kernels[name], plain[name]) < 1e-5, name
-
-
-# ---------------------------------------------------------------- the choice
-
-def test_a_cpu_has_no_triton_unless_it_is_told_to_interpret():
-    assert backend.choose("auto", torch.device("cpu")) == "" and backend.chosen == "torch"
-    with pytest.raises(ValueError, match="no Triton here: the kernels need a GPU"):
-        backend.choose("triton", torch.device("cpu"))
-    assert backend.chosen == "torch"
-
-
-def wrong_kernels_are_found():
-    from optim.kernels import passes, symmetric
-    assert backend.check(torch.device("cpu")) == ""
-    right = {name: getattr(file, name) for file, name in
-             ((symmetric, "symmetric_product"), (passes, "momentum_and_norm"), (passes, "step_and_decay"))}
-
-    def broken(*a, **k):
-        raise RuntimeError("no such instruction\nat line 3")
-    for file, name, wrong in (
-            (symmetric, "symmetric_product", lambda *a, **k: right["symmetric_product"](*a, **k) * 1.02),
-            (symmetric, "symmetric_product", lambda *a, **k: right["symmetric_product"](*a, **k) * torch.nan),
-            (passes, "momentum_and_norm", lambda G, M, mu, *a: right["momentum_and_norm"](G, M, mu * 1.1, *a)),
-            (passes, "step_and_decay", lambda W, O, *a: right["step_and_decay"](W, O * 1.1, *a))):
-        setattr(file, name, wrong)
-        assert backend.why_not_triton(torch.device("cpu")).startswith("the kernels failed their check (error "), name
-        setattr(file, name, right[name])
-    symmetric.symmetric_product = broken
-    expected = "the kernels failed their check (RuntimeError: no such instruction)"
-    assert backend.why_not_triton(torch.device("cpu")) == expected
-
-
-def test_kernels_that_are_wrong_where_they_run_are_not_used():
-    with interpreter() as run:
-        run(wrong_kernels_are_found)
-
-
-@pytest.mark.parametrize("dtype, by_triton", [("bfloat16", True), ("float32", False)])
-def test_on_a_gpu_the_kernels_are_for_half_precision_and_a_cpu_never_takes_them_uninterpreted(monkeypatch, dtype,
-                                                                                              by_triton):
-    monkeypatch.setattr(backend, "chosen", "triton")
-    assert backend.takes(torch.device("cuda"), getattr(torch, dtype)) == by_triton
-    W = torch.empty(2, 24, 24, device="meta")
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda _: torch.device("cuda")), raising=False)
-    assert Muon(ns_dtype=dtype).fuses(W) == by_triton
-    monkeypatch.undo()
-    monkeypatch.setattr(backend, "chosen", "triton")
-    X = draw(2, 24, 24)
-    assert not Muon(ns_dtype=dtype).fuses(X) and backend.symmetric_product(X, X).equal(X @ X.mT)
-
-
-def test_triton_is_not_imported_before_it_is_chosen():
-    code = "import sys, optim.driver, optim.backend; print(sorted(m for m in sys.modules if m.split('.')[0] == 'triton'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def test_every_preset_goes_through_the_kernels(interpreted):

@@ -1,4 +1,4 @@
-"""What Muon does beside the iteration, in as few passes over memory as there can be: two before it, one after.
+"""What Muon does beside the iteration, in three passes over memory: two before it, one after.
 
     first     g = γG,  M ← μM + (1-μ)g                      γ: clipping;  momentum_form "sgd":  M ← μM + g
               U = (1-μ)g + μM                               without nesterov:  U = M;  "sgd":  U = g + μM
@@ -20,7 +20,7 @@ from optim.kernels.configurations import CHUNK, CHUNK_WARPS
 CHUNKS = tl.constexpr(512)                      # at most, of one matrix: a program handles as much as that takes
 
 
-def reference(W: Tensor, G: Tensor, M: Tensor, mu: float, ema: bool, nesterov: bool, safety: float = 1.0,
+def reference(G: Tensor, M: Tensor, mu: float, ema: bool, nesterov: bool, safety: float = 1.0,
               clip: float = 1.0) -> tuple[Tensor, Tensor]:
     """(M, X) after the first two passes, in float64."""
     fresh = G.double() * clip * (1 - mu if ema else 1)

@@ -9,7 +9,8 @@ interval leaves 1 out.
 """
 import statistics
 
-from scripts.bench.report import Parser, at_least, header, one_device
+from data.arguments import at_least
+from scripts.bench.report import Parser, header, one_device
 
 
 def main(arguments: list[str]) -> int:

@@ -72,7 +72,8 @@ def bench_rows(device, tokens: int | None = None, rounds: int = 10) -> list[str]
 
 
 def main(arguments: list[str]) -> int:
-    from scripts.bench.report import Parser, at_least, header, one_device
+    from data.arguments import at_least
+    from scripts.bench.report import Parser, header, one_device
     parser = Parser("head", __doc__)
     parser.add_argument("--tokens", type=at_least(1), help="of a pass (default: 16,384; on a CPU 256)")
     parser.add_argument("--rounds", type=at_least(1), default=10)

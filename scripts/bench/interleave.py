@@ -63,7 +63,7 @@ def verdict(found: Ratio) -> list[str]:
     """What may be said of the speeds of A and B, where `found` is A's over B's."""
     lines = [f"{'A faster than B by' if found.mean >= 1 else 'A slower than B by':<30}"
              f"{100 * abs(found.mean - 1):8.2f} %" if found.differs else
-             f"no difference shown: the interval contains 1 (more --rounds narrow it)"]
+             "no difference shown: the interval contains 1 (more --rounds narrow it)"]
     if found.spread > NOISY:
         lines.append(f"warning: the rounds' ratios scatter by {100 * found.spread:.0f} %: a busy machine; "
                      "measure again on a quiet one")

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from scripts.bench.report import BenchError, Parser, at_least, header, one_device
+from data.arguments import at_least
+from scripts.bench.report import BenchError, Parser, header, one_device
 
 # Model -> (how many, rows, cols) of the matrices in its layers: q, k, v and attn_out; mlp_in; mlp_out.
 LAYERS = {"demo": (4, 128), "small": (12, 768), "medium": (24, 1024), "1.5B": (48, 1600)}

@@ -16,7 +16,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from scripts.bench.report import BenchError, Parser, at_least, header, one_device
+from data.arguments import at_least
+from scripts.bench.report import BenchError, Parser, header, one_device
 
 ORDERS = ("continuous", "spread", "documents")
 SHARD_TOKENS = 10**8

@@ -10,7 +10,8 @@ bases, does as much of that as the average step of a long run.
 import statistics
 from dataclasses import replace
 
-from scripts.bench.report import BenchError, Parser, at_least, header, one_device
+from data.arguments import at_least
+from scripts.bench.report import BenchError, Parser, header, one_device
 
 ENOUGH_TOKENS = 4096                        # of a batch for a CPU: the time of the others is the same again
 LONG_RUN = range(1000, 2000)                # steps over which refreshes are averaged: their schedule has settled

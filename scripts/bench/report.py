@@ -6,7 +6,6 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 from data import arguments
-from data.arguments import at_least as at_least
 
 
 class BenchError(ValueError):

@@ -10,7 +10,8 @@ rounds, with the smallest and largest round. Batches are those of the configurat
 """
 import statistics
 
-from scripts.bench.report import BenchError, Parser, at_least, header, one_device
+from data.arguments import at_least
+from scripts.bench.report import BenchError, Parser, header, one_device
 
 
 def main(arguments: list[str]) -> int:

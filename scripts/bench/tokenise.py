@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from scripts.bench.report import BenchError, Parser, at_least
+from data.arguments import at_least
+from scripts.bench.report import BenchError, Parser
 
 
 def main(arguments: list[str]) -> int:

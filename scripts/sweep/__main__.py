@@ -14,10 +14,11 @@ import fcntl
 import sys
 from pathlib import Path
 
+from data.arguments import Parser
+
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.sweep", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.sweep", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="a sweep file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="its folder; default runs/sweeps/<file name>")
     for name, what in (("jobs", "trials at once, at most"), ("cores-per-trial", "on a CPU; default all of them / jobs"),
