@@ -112,7 +112,6 @@ def test_kernels_read_the_stack_and_nothing_else(check):
 
 def tiles_that_are_made(side):
     """(i, j) of programs 0, 1, ... as the kernel finds them, by what each stores: its tile holds its own products."""
-
     from optim.kernels.symmetric import symmetric_kernel
     n = side * 16
     X = torch.zeros(1, n, 16)
