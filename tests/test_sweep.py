@@ -15,8 +15,9 @@ from harness.load import load
 from harness.yaml_tree import ConfigError
 from scripts.sweep import pack, results
 from scripts.sweep.__main__ import entry
+from scripts.sweep.candidates import configurations
 from scripts.sweep.draw import drawn, grid, parameter, quantile
-from scripts.sweep.file import configurations, read
+from scripts.sweep.file import read
 from scripts.sweep.plan import plan
 from scripts.sweep.run import Going
 from scripts.sweep.show import Show
@@ -128,7 +129,7 @@ def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
     ("method: grid\nearly_terminate: {type: hyperband}\nparameters: {steps: {value: 1}}", "early_terminate: trials"),
     ("method: grid\nseeds: [1, 1]\nparameters: {steps: {value: 1}}", "equal seeds give equal runs"),
     ("method: grid\nseeds: [1]\nparameters: {steps: {value: 1}, seed: {value: 2}}", "there twice, in seeds"),
-    ("method: grid\nparameters: {steps: {value: 1}, config: {value: a}}", "there twice, in base and in parameters"),
+    ("method: grid\nparameters: {steps: {value: 1}, config: {value: a}}", "there twice, in parameters.config and in base"),
     ("method: grid\nmetric: {name: val/los}\nparameters: {steps: {value: 1}}", "metric.name: no 'val/los'"),
     ("method: grid\nmetric: {name: val/loss_avg}\nparameters: {steps: {value: 1}}", "there is no average"),
     ("method: grid\nparameters: {optim.hiden.lr: {value: 1}}", "optim has no group 'hiden'; did you mean 'hidden'?"),

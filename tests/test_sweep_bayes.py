@@ -10,7 +10,8 @@ import pytest
 from scripts.sweep import bayes
 from scripts.sweep.__main__ import entry
 from scripts.sweep.bayes import Search
-from scripts.sweep.file import STARTUP, read
+from scripts.sweep.candidates import STARTUP
+from scripts.sweep.file import read
 from scripts.sweep.plan import configuration_id
 from tests.conftest import ROOT
 
@@ -109,7 +110,7 @@ def test_presets_have_equal_budgets_and_the_same_first_configurations(tiny, tmp_
 
 @optuna
 def test_a_bayesian_sweep_runs_its_proposals_and_ends(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.sweep.file.STARTUP", 1)
+    monkeypatch.setattr("scripts.sweep.candidates.STARTUP", 1)
     path = write(tmp_path, tiny, "budget: 2\n")
     assert entry([str(path), "--out", str(tmp_path / "out")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]

@@ -39,14 +39,17 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 1. the file, and every trial of it
     args = arguments(argv)
     from harness.processes import EXIT_REQUEUE
+    from harness.rundir import write_text
     from scripts.sweep import bayes, file, pack, plan
-    from scripts.sweep.results import FINAL, row, status_of, table, write_results
+    from scripts.sweep.results import ENDED, FINAL, row, status_of, table, write_results
     from scripts.sweep.run import run
     from scripts.sweep.show import Show
     sweep = file.read(args.file)
     out = args.out or Path("runs/sweeps") / args.file.stem
     search = bayes.Search(sweep, out) if sweep.method == "bayes" else None
     trials = plan.plan(sweep, out, search.remembered if search else ())
+    tuned = FINAL if not args.table else ENDED              # a crashed one would be tried again, and might be the best
+    trials += plan.reporting(sweep, [row(trial, out) for trial in trials], out, tuned)
     if args.table:
         print(table([row(trial, out) for trial in trials], sweep))
         return 0
@@ -57,7 +60,9 @@ def main(argv: list[str]) -> int:
     configurations = len({plan.configuration_id(trial.configuration) for trial in trials})
     heading = (f"{out}: {len(trials)} trials of {configurations} configurations, {done} done already; {len(slots)} at "
                f"once on {', '.join(map(str, slots))}"
-               + (f"; {sweep.budget} configurations a preset in the end, as results come" if search else ""))
+               + (f"; {sweep.budget} configurations a preset in the end, as results come" if search else "")
+               + (f"; then the best of each of {len(sweep.bases)} presets with {len(sweep.seeds)} seeds"
+                  if sweep.kind == "compare" else ""))
     if args.dry_run:
         print(heading)
         for trial in trials:
@@ -67,6 +72,7 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------ 3. the trials
     out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "sweep.yaml", args.file.read_text(encoding="utf-8"))
     lock = open(out / ".lock", "w")                                   # given back however we end
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,6 +92,8 @@ def main(argv: list[str]) -> int:
 
     def more() -> list[plan.Trial]:
         added = search.next_trials(rows) if search else []
+        added = added or [trial for trial in plan.reporting(sweep, list(rows.values()), out, ENDED)
+                          if trial.name not in rows]
         rows.update((trial.name, row(trial, out)) for trial in added)
         show.trials = len(rows)
         return added

@@ -15,7 +15,8 @@ from harness.rundir import write_text
 from harness.yaml_tree import ConfigError
 from scripts.judge import spread
 from scripts.sweep.draw import Parameter, quantile, share
-from scripts.sweep.file import Configuration, Sweep, draws
+from scripts.sweep.candidates import draws
+from scripts.sweep.file import Configuration, Sweep
 from scripts.sweep.plan import REFUSALS, Trial, configuration_id, trial_of
 
 Places = dict[str, float | int]         # dotted key -> a quantile, or an index of `values`

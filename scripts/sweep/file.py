@@ -1,6 +1,6 @@
-"""A sweep file: the YAML that `wandb sweep` takes, and four keys of our own.
+"""A sweep file: the YAML that `wandb sweep` takes, and keys of our own.
 
-    method: grid                        # random, bayes; everything but `base`, `seeds`, `budget`, `baseline` is wandb's
+    method: grid                        # random, bayes; everything but OURS is wandb's
     base: demo/muon.yaml                # the preset; in wandb's own words: parameters: {config: {value: ...}}
     seeds: [0, 1, 2]                    # every configuration runs with each; wandb's: parameters: {seed: {values: ...}}
     budget: 20                          # random, bayes: configurations to try for each preset; run_cap counts trials
@@ -10,22 +10,31 @@
       optim.hidden.lr: {distribution: log_uniform_values, min: 0.005, max: 0.08}
       model: {parameters: {layers: {values: [2, 4]}}}               # nested or dotted, as one likes
 
-At the top wandb warns of our keys and goes on; under `controller`, beside its `type`, its schema lets them pass.
+A comparison of optimizers: every preset is tuned alike in a space of its own, then its best runs with other seeds.
+
+    spaces: {demo/adamw.yaml: {optim.hidden.lr: {min: ..., max: ...}}, demo/muon.yaml: {...}}      # over parameters
+    tuning_seeds: [100]                 # those of the search; `seeds` are those that are reported
+    baseline: {config: demo/adamw.yaml} # the preset that the others are compared with
+
+A ladder: changes to the baseline, each alone and each left out of all; `rungs: true` adds them up in their order, too.
+
+    changes: {softcap: {model.softcap: {form: tanh, cap: 30}}, value residual: {model.value_residual: fixed}}
+
+At the top wandb warns of our keys and goes on; under `controller`, beside its `type`, its schema lets them pass. A
+preset in place of a sweep file is a sweep of one trial.
 """
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from harness.yaml_tree import ConfigError, Tree, origin_of, plain, read_text
-from scripts.sweep.draw import Parameter, drawn, grid, parameter
+from scripts.sweep.draw import Parameter, grid, parameter
 
-OURS = ("base", "seeds", "budget", "baseline")
-READ = ("method", "metric", "parameters", "run_cap", "controller")
+OURS = ("base", "seeds", "budget", "baseline", "spaces", "tuning_seeds", "changes", "rungs")
+READ = ("method", "metric", "parameters", "run_cap", "controller", "early_terminate")
 WANDBS = ("program", "command", "name", "description", "project", "entity", "apiVersion", "kind")   # nothing to us
 REFUSED = {
-    "early_terminate": "trials run to their end here, or their last losses could not be compared; remove it",
     "scheduler": "only grid and random search are here; remove it, and use method: grid or random",
     "metrics": "one metric ranks a sweep; write metric",
     "job": "wandb's Launch is not here; remove it", "image_uri": "wandb's Launch is not here; remove it"}
@@ -33,8 +42,6 @@ REFUSED = {
 # What wandb calls it, or our summary does -> the key of a result.
 METRICS = {"val/loss": "val_loss", "val/loss_avg": "val_loss_avg"} | {key: key for key in (
     "val_loss", "val_loss_avg", "target_step", "target_train_s", "train_s", "tokens_per_s")}
-STARTUP = 10                            # configurations of a Bayesian search that are drawn at random
-TRIES_A_DRAW = 100                      # before a random search says that it has no more configurations
 
 
 class Configuration(NamedTuple):
@@ -53,6 +60,24 @@ class Sweep(NamedTuple):
     baseline: Configuration | None
     metric: str                         # key of a result
     maximize: bool
+    early_terminate: dict | None = None
+    spaces: dict[str, tuple[Parameter, ...]] = {}       # preset -> parameters of its own
+    tuning_seeds: tuple[int, ...] = ()                  # () unless it is a comparison
+    changes: dict[str, dict[str, Any]] = {}             # name -> dotted key -> value; {} unless it is a ladder
+    rungs: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "compare" if self.tuning_seeds else "ladder" if self.changes else "sweep"
+
+    @property
+    def search_seeds(self) -> tuple[int | None, ...]:
+        """Those that configurations are tried with; None is the preset's own."""
+        return self.tuning_seeds or self.seeds or (None,)
+
+    def parameters_of(self, base: str) -> tuple[Parameter, ...]:
+        """Those of a preset: its own over the common ones."""
+        return tuple({p.key: p for p in (*self.parameters, *self.spaces.get(base, ()))}.values())
 
 
 def read(path: Path) -> Sweep:
@@ -66,6 +91,9 @@ def read(path: Path) -> Sweep:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
     tree = read_text(text, str(path))
+
+    if not tree.keys() & {"method", "parameters"} and tree.keys() & {"extends", "model", "optim", "steps"}:
+        return Sweep(path, "grid", (), (str(path),), (), None, None, None, "val_loss", False)
 
     def refuse(problem: str, *keys: str) -> ConfigError:
         return ConfigError(f"{getattr(origin_of(tree, keys), 'place', path)}: {'.'.join(keys)}: {problem}")
@@ -92,21 +120,29 @@ def read(path: Path) -> Sweep:
     parameters = _parameters(said.get("parameters"), ("parameters",), refuse)
     if twice := [key for key in parameters if key in ("trials", "runs_dir", "name")]:
         raise refuse("the sweep itself sets it for its trials; remove it", "parameters", twice[0])
-    bases = _fixed(parameters, "config", refuse)
-    if ("base" in own) == bool(bases):
-        raise refuse("there twice, in base and in parameters.config; remove one", *where["base"]) if bases else \
-            ConfigError(f"{path}: no preset; write base: demo/muon.yaml, or parameters: {{config: {{value: ...}}}}")
-    bases = bases or [own["base"]]
+    spaces = _spaces(own.get("spaces", {}), where.get("spaces", ()), refuse)
+    bases = {"parameters.config": _fixed(parameters, "config", refuse), "spaces": list(spaces),
+             "base": [own["base"]] if "base" in own else []}
+    said_in = [key for key, named in bases.items() if named]
+    if not said_in:
+        raise ConfigError(f"{path}: no preset; write base: demo/muon.yaml, or parameters: {{config: {{value: ...}}}}")
+    if len(said_in) > 1:
+        raise refuse(f"presets are there twice, in {' and in '.join(said_in)}; remove one", *where[said_in[1]])
+    bases = bases[said_in[0]]
     if not all(isinstance(base, str) for base in bases):
         raise refuse("expected the name of a preset", *where.get("base", ("parameters", "config")))
     seeds = _fixed(parameters, "seed", refuse)
     if "seeds" in own and seeds:
         raise refuse("there twice, in seeds and in parameters.seed; remove one", *where["seeds"])
-    at, seeds = where.get("seeds", ("parameters", "seed")), own.get("seeds", seeds)
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise refuse("expected a list of whole numbers, like [0, 1, 2]", *at)
-    if len(set(seeds)) < len(seeds):
-        raise refuse("names one twice: equal seeds give equal runs, not a second sample", *at)
+    seeds, tuning_seeds = own.get("seeds", seeds), own.get("tuning_seeds", [])
+    for value, at in ((seeds, where.get("seeds", ("parameters", "seed"))), (tuning_seeds, where.get("tuning_seeds"))):
+        if not isinstance(value, list) or not all(isinstance(seed, int) and seed >= 0 for seed in value):
+            raise refuse("expected a list of whole numbers, like [0, 1, 2]", *at)
+        if len(set(value)) < len(value):
+            raise refuse("names one twice: equal seeds give equal runs, not a second sample", *at)
+    if tuning_seeds and (not seeds or set(seeds) & set(tuning_seeds)):
+        raise refuse("the best of a search is lucky at its own seeds; write other seeds, to report with",
+                     *where["tuning_seeds"])
     run_cap, budget = said.get("run_cap"), own.get("budget")
     for value, at in ((run_cap, ("run_cap",)), (budget, where.get("budget", ()))):
         if value is not None and not (isinstance(value, int) and value >= 1):
@@ -114,14 +150,14 @@ def read(path: Path) -> Sweep:
     if method == "grid" and budget is not None:
         raise refuse("a grid runs all that it holds; remove it, or take method: random", *where["budget"])
     if method != "grid":
-        each = max(1, len(seeds)) * len(bases)              # trials of a draw
+        each = max(1, len(tuning_seeds or seeds)) * len(bases)                  # trials of a draw
         if budget is None and run_cap is None:
             raise refuse(f"{method} goes on for ever; write budget (configurations) or run_cap (trials)", "method")
         if (run_cap or each) < each:
             raise refuse(f"{run_cap} trials, but one draw is {each}: every preset with every seed", "run_cap")
         budget = min(budget or run_cap, (run_cap or each * budget) // each)
     metric, maximize = _metric(said.get("metric"), refuse)
-    baseline = own.get("baseline")
+    baseline = own.get("baseline", {} if "changes" in own else None)
     if baseline is not None:
         if not isinstance(baseline, dict) or baseline.keys() & {"seed", "seeds"}:
             raise refuse("expected a mapping of dotted keys to values, without a seed; {} is the preset",
@@ -129,8 +165,42 @@ def read(path: Path) -> Sweep:
         constant = {key: each.spec["value"] for key, each in parameters.items() if each.distribution == "constant"}
         keys = {key: value for key, value in baseline.items() if key != "config"}
         baseline = Configuration(baseline.get("config", bases[0]), constant | keys)
-    return Sweep(path, method, tuple(parameters.values()), tuple(bases), tuple(seeds), budget, run_cap, baseline,
-                 metric, maximize)
+        if tuning_seeds and (keys or baseline.base not in bases):
+            raise refuse("a comparison is with one of its presets, tuned like the others; write {config: PRESET}",
+                         *where["baseline"])
+    sweep = Sweep(path, method, tuple(parameters.values()), tuple(bases), tuple(seeds), budget, run_cap, baseline,
+                  metric, maximize, said.get("early_terminate"), spaces, tuple(tuning_seeds), own.get("changes", {}),
+                  own.get("rungs", False))
+    if {"changes", "rungs"} & own.keys():
+        _check_ladder(sweep, where, refuse)
+    if tuning_seeds and run_cap is not None:
+        raise refuse("trials cut off would leave presets with different budgets; write budget", "run_cap")
+    return sweep
+
+
+def _spaces(said: Any, at: tuple, refuse) -> dict[str, tuple[Parameter, ...]]:
+    if not isinstance(said, dict):
+        raise refuse("expected a mapping of presets to their parameters", *at)
+    spaces = {}
+    for preset, space in said.items():
+        own = _parameters(space, (*at, preset), refuse) if space else {}
+        if not_its_own := own.keys() & {"config", "seed", "trials", "runs_dir", "name"}:
+            raise refuse("no parameter of a preset's own; remove it", *at, preset, min(not_its_own))
+        spaces[preset] = tuple(own.values())
+    return spaces
+
+
+def _check_ladder(sweep: Sweep, where: dict, refuse) -> None:
+    at = where.get("changes", ("changes",))
+    if not isinstance(sweep.changes, dict) or not sweep.changes \
+            or not all(isinstance(change, dict) and change for change in sweep.changes.values()):
+        raise refuse("expected changes: {NAME: {dotted key: value, ...}, ...}", *at)
+    if sweep.tuning_seeds or sweep.spaces or len(sweep.bases) > 1:
+        raise refuse("a ladder changes one preset; remove changes, or spaces, tuning_seeds and further presets", *at)
+    if sweep.method != "grid" or any(p.distribution != "constant" for p in sweep.parameters):
+        raise refuse("a ladder has method: grid, and of every parameter one value", *at)
+    if not isinstance(sweep.rungs, bool):
+        raise refuse("expected true or false", *where["rungs"])
 
 
 def _same_for_wandb(text: str, tree: Tree, refuse) -> None:
@@ -199,39 +269,3 @@ def _metric(said: Any, refuse) -> tuple[str, bool]:
     if goal not in ("minimize", "maximize"):
         raise refuse(f"expected minimize or maximize, got {goal!r}", "metric", "goal")
     return METRICS[said["name"]], goal == "maximize"
-
-
-def configurations(sweep: Sweep) -> list[Configuration]:
-    """All that the sweep tries, the baseline first; a larger budget only adds to them. Of bayes, those drawn at random.
-
-    Raises:
-        ConfigError: a parameter has no grid, or the budget is larger than what there is to draw.
-    """
-    found = [sweep.baseline] if sweep.baseline else []
-    for base in sweep.bases:
-        found += _gridded(sweep, base) if sweep.method == "grid" else [each for _, each in draws(sweep, base)]
-    return [each for position, each in enumerate(found) if each not in found[:position]]
-
-
-def _gridded(sweep: Sweep, base: str) -> list[Configuration]:
-    values = []
-    for each in sweep.parameters:
-        try:
-            values.append(grid(each))
-        except ValueError as error:
-            raise ConfigError(f"{sweep.path}: parameters.{each.key}: {error}") from None
-    keys = [each.key for each in sweep.parameters]
-    return [Configuration(base, dict(zip(keys, point))) for point in product(*values)]
-
-
-def draws(sweep: Sweep, base: str) -> list[tuple[int, Configuration]]:
-    """Different configurations with the numbers of their draws: what was drawn before is drawn again."""
-    found, wanted = [], min(sweep.budget, STARTUP) if sweep.method == "bayes" else sweep.budget
-    for number in range(wanted * TRIES_A_DRAW):
-        point = Configuration(base, {each.key: drawn(each, number) for each in sweep.parameters})
-        if point not in [each for _, each in found]:
-            found.append((number, point))
-        if len(found) == wanted:
-            return found
-    raise ConfigError(f"{sweep.path}: {wanted * TRIES_A_DRAW} draws have only {len(found)} different configurations, "
-                      f"budget is {sweep.budget}; lower it, or take method: grid")

@@ -11,7 +11,7 @@ the sweep file is called and however the values are written. It has the folder t
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,14 @@ from harness.load import ConfigError, load
 from harness.rundir import write_text
 from model.gpt import GPT
 from optim.groups import GroupError
-from scripts.sweep.file import Configuration, Sweep, configurations
+from scripts.judge import spread
+from scripts.logs import flat
+from scripts.sweep.candidates import configurations
+from scripts.sweep.file import Configuration, Sweep
 
 REFUSALS = (ConfigError, GroupError, ShardError)
 MOST_PROBLEMS = 10                      # lines of a refusal
+MAY_DIFFER = ("optim", "name", "seed", "runs_dir")          # between presets that are compared
 
 
 class Trial(NamedTuple):
@@ -46,7 +50,7 @@ def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list
         ConfigError: a line for each problem, with the parameters that have it.
     """
     found, problems, checked = {}, {}, set()
-    for seed in sweep.seeds or (None,):
+    for seed in sweep.search_seeds:
         for each in [*configurations(sweep), *further]:
             try:
                 trial = trial_of(each, seed, sweep, out, checked)
@@ -64,7 +68,48 @@ def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list
         lines = [f"{sweep.path}: {in_words(each)}: {line}" for line, each in problems.items()]
         more = [f"{sweep.path}: and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
         raise ConfigError("\n".join(lines[:MOST_PROBLEMS] + more))
+    if sweep.kind == "compare":
+        _check_fair(sweep, {trial.configuration.base: trial.config for trial in found.values()})
     return list(found.values())[:sweep.run_cap]
+
+
+def _check_fair(sweep: Sweep, configs: dict[str, Config]) -> None:
+    """Presets that are compared differ in `optim` alone: same model, data, schedule, steps, averaging."""
+    of = {base: {key: value for key, value in flat(asdict(config)) if key not in MAY_DIFFER}
+          for base, config in configs.items()}
+    first, one = next(iter(of.items()))
+    for base, other in of.items():
+        if differing := sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)):
+            key = differing[0]
+            raise ConfigError(f"{sweep.path}: {base}: {key} is {other.get(key)}, but {one.get(key)} in {first}: what "
+                              f"is compared differs in optim alone; set {key} in parameters")
+
+
+def reporting(sweep: Sweep, rows: Sequence[dict], out: Path, ended: Sequence[str]) -> list[Trial]:
+    """The reported seeds of every preset whose tuning trials all ended, at the best that its search found.
+
+    Args:
+        rows: of results.jsonl.
+        ended: the statuses of trials that nothing more is awaited of.
+    """
+    trials = []
+    for base in sweep.bases if sweep.kind == "compare" else ():
+        tuning = [row for row in rows if row["base"] == base and row["seed"] in sweep.tuning_seeds]
+        best = chosen(tuning, sweep) if all(row["status"] in ended for row in tuning) else None
+        if best is not None:
+            each = Configuration(base, next(r["parameters"] for r in tuning if r["configuration"] == best))
+            trials += [trial_of(each, seed, sweep, out, set()) for seed in sweep.seeds]
+    return trials
+
+
+def chosen(tuning: Sequence[dict], sweep: Sweep) -> str | None:
+    """The configuration id with the best mean metric over the tuning seeds, of those that finished with all of them."""
+    means = {}
+    for key in {row["configuration"] for row in tuning}:
+        values = [row[sweep.metric] for row in tuning if row["configuration"] == key and row["status"] == "finished"]
+        if len(values) == len(sweep.tuning_seeds) and None not in values:
+            means[key] = spread(values).mean * (-1 if sweep.maximize else 1)
+    return min(means, key=lambda key: (means[key], key), default=None)
 
 
 def trial_of(each: Configuration, seed: int | None, sweep: Sweep, out: Path, checked: set[str]) -> Trial:

@@ -8,6 +8,7 @@ from scripts.sweep.file import Sweep
 from scripts.sweep.plan import Trial, configuration_id
 
 FINAL = ("finished", "not_finite")      # nothing to do again: the same configuration would end so again
+ENDED = (*FINAL, "crashed", "refused")  # nothing more is awaited, in this call of the sweep
 
 
 def run_of(trial: Trial) -> Path | None:
