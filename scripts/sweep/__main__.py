@@ -41,9 +41,13 @@ def main(argv: list[str]) -> int:
     from harness.processes import EXIT_REQUEUE
     from harness.rundir import write_text
     from scripts.sweep import bayes, file, pack, plan
-    from scripts.sweep.results import ENDED, FINAL, row, status_of, table, write_results
+    from scripts.sweep.results import ENDED, FINAL, row, status_of, write_results
     from scripts.sweep.run import run
     from scripts.sweep.show import Show
+    from scripts.sweep.tables import markdown, tables
+
+    def shown(rows: list[dict]) -> str:
+        return "\n\n".join(markdown(each) for each in tables(rows, sweep))
     sweep = file.read(args.file)
     out = args.out or Path("runs/sweeps") / args.file.stem
     search = bayes.Search(sweep, out) if sweep.method == "bayes" else None
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> int:
     tuned = FINAL if not args.table else ENDED              # a crashed one would be tried again, and might be the best
     trials += plan.reporting(sweep, [row(trial, out) for trial in trials], out, tuned)
     if args.table:
-        print(table([row(trial, out) for trial in trials], sweep))
+        print(shown([row(trial, out) for trial in trials]))
         return 0
 
     # ------------------------------------------------------------ 2. the machine
@@ -66,8 +70,8 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print(heading)
         for trial in trials:
-            print(f"{trial.name}  {status_of(trial):<10}  seed {trial.config.seed}  "
-                  f"{plan.in_words(trial.configuration)}" + ("  (baseline)" if trial.is_baseline else ""))
+            print(f"{trial.name}  {status_of(trial):<10}  seed {trial.config.seed}  {trial.label}"
+                  + ("  (baseline)" if trial.is_baseline else ""))
         return 0
 
     # ------------------------------------------------------------ 3. the trials
@@ -87,7 +91,7 @@ def main(argv: list[str]) -> int:
         rows[trial.name] = row(trial, out)
         write_results(list(rows.values()), out)
         loss = rows[trial.name]["val_loss"]
-        show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {plan.in_words(trial.configuration)}: {what}"
+        show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {trial.label}: {what}"
                  + (f", val_loss {loss:.4f}" if what == "finished" else ""))
 
     def more() -> list[plan.Trial]:
@@ -104,7 +108,7 @@ def main(argv: list[str]) -> int:
         show.close()
 
     # ------------------------------------------------------------ 4. the end
-    print(table(list(rows.values()), sweep))
+    print(shown(list(rows.values())))
     if not complete:
         print(f"stopped by a signal; the same command continues it ({out})")
         return EXIT_REQUEUE

@@ -87,3 +87,25 @@ def comparisons(sweep: Sweep) -> list[Comparison]:
         below = list(changes)[:position]
         found.append(Comparison(name, "rung", having([*below, name]), having(below)))
     return found
+
+
+def label(each: Configuration, sweep: Sweep) -> str:
+    """A short name: of a ladder its changes, else the preset and what is not the same in all of the sweep."""
+    if sweep.kind == "ladder":
+        known, rungs = {"baseline": sweep.baseline}, 0
+        for change, family, of, against in comparisons(sweep):
+            if family == "added alone":
+                known[f"+ {change}"] = of
+            elif family == "left out of all":
+                known |= {"all": against, f"all but {change}": of}
+            else:
+                rungs += 1
+                known[f"first {rungs} of {len(sweep.changes)}"] = of
+        return next((name for name, other in known.items() if other == each), in_words(each))
+    constant = {p.key for p in sweep.parameters_of(each.base) if p.distribution == "constant"}
+    return in_words(Configuration(each.base, {k: v for k, v in each.parameters.items() if k not in constant}))
+
+
+def in_words(each: Configuration) -> str:
+    """`demo/muon.yaml optim.hidden.lr=0.02`"""
+    return " ".join([each.base, *(f"{key}={value}" for key, value in each.parameters.items())])

@@ -27,7 +27,7 @@ from model.gpt import GPT
 from optim.groups import GroupError
 from scripts.judge import spread
 from scripts.logs import flat
-from scripts.sweep.candidates import configurations
+from scripts.sweep.candidates import configurations, in_words, label
 from scripts.sweep.file import Configuration, Sweep
 
 REFUSALS = (ConfigError, GroupError, ShardError)
@@ -41,6 +41,7 @@ class Trial(NamedTuple):
     configuration: Configuration
     is_baseline: bool
     config: Config                      # its seed and runs_dir too
+    label: str                          # of the configuration, short
 
 
 def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list[Trial]:
@@ -119,7 +120,8 @@ def trial_of(each: Configuration, seed: int | None, sweep: Sweep, out: Path, che
     _check(config, sweep, checked)
     name = config_identity(config)
     folder = out / "trials" / name
-    return Trial(name, folder, each, each == sweep.baseline, replace(config, runs_dir=str(folder)))
+    return Trial(name, folder, each, each == sweep.baseline, replace(config, runs_dir=str(folder)),
+                 label(each, sweep))
 
 
 def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:
@@ -138,11 +140,6 @@ def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:
                              [config.batch_tokens] * config.steps)
         train.check_enough(config.steps, config.batch_tokens)
         checked.add(data)
-
-
-def in_words(configuration: Configuration) -> str:
-    """`demo/muon.yaml optim.hidden.lr=0.02`"""
-    return " ".join([configuration.base, *(f"{key}={value}" for key, value in configuration.parameters.items())])
 
 
 def configuration_id(configuration: Configuration) -> str:

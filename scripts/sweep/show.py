@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.sweep.plan import Trial, in_words
+from scripts.sweep.plan import Trial
 from scripts.sweep.results import run_of
 from scripts.sweep.run import Going
 
@@ -49,7 +49,7 @@ class Show:
             step, train_s = seen.get("step", 0), seen.get("train_s", 0.0)
             left = f"{train_s / step * (steps - step):,.0f} s" if step else "starting"
             losses = [f"{seen[key]:.4f}" if key in seen else "" for key in ("train_loss", "val_loss")]
-            table.add_row(each.trial.name[:8], str(each.slot), in_words(each.trial.configuration),
+            table.add_row(each.trial.name[:8], str(each.slot), each.trial.label,
                           str(each.trial.config.seed), f"{step} of {steps}", *losses, left)
         return table
 
