@@ -1,0 +1,43 @@
+"""What was run, where, with what: the same facts at the head of report.html and report.md."""
+import shlex
+from collections import Counter
+from typing import NamedTuple
+
+from scripts.sweep.report import folder as read
+from scripts.sweep.report.folder import Folder
+
+KINDS = {"compare": "Comparison of tuned presets", "ladder": "Ablation ladder", "sweep": "Sweep"}
+
+
+class Heading(NamedTuple):
+    title: str
+    what: str                           # a sentence
+    command: str
+    facts: list[tuple[str, str]]
+    warnings: list[str]
+    missing: list[str]
+
+
+def heading(folder: Folder) -> Heading:
+    sweep, rows = folder.sweep, folder.rows
+    of_machine, times = read.machine(folder), read.started(folder)
+    states = Counter(row["status"].replace("_", " ") for row in rows)
+    configurations = len({row["configuration"] for row in rows})
+    seeds = ", ".join(str(seed) for seed in sweep.seeds) or "the preset's"
+    facts = [("presets", ", ".join(dict.fromkeys(row["base"] for row in rows))),
+             ("trials", ", ".join(f"{count} {state}" for state, count in states.items())),
+             ("seeds", seeds + (f"; tuning: {', '.join(map(str, sweep.tuning_seeds))}" if sweep.tuning_seeds else "")),
+             ("ranked by", sweep.metric + (", the highest first" if sweep.maximize else ""))]
+    if sweep.budget is not None:
+        facts.append(("search", f"{sweep.method}, {sweep.budget} configurations a preset"))
+    if sweep.early_terminate:
+        facts.append(("halving", f"tuning trials may end early: {read.shown(sweep.early_terminate)}"))
+    facts += [(key.replace("_", " "), ", ".join(values)) for key, values in of_machine.items()]
+    if times:
+        facts.append(("started", times[0] if times[0] == times[1] else f"{times[0]} to {times[1]}"))
+    seconds = sum(read.finite(row["train_s"] for row in rows))
+    facts.append(("on the clock", f"{seconds:,.0f} s of training, all trials together"))
+    place = folder.path
+    command = f"python -m scripts.sweep {shlex.quote(str(place / 'sweep.yaml'))} --out {shlex.quote(str(place))}"
+    return Heading(place.resolve().name, f"{KINDS[sweep.kind]}: {len(rows)} trials of {configurations} configurations.",
+                   command, facts, read.warnings(folder), read.missing(folder))

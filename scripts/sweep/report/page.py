@@ -1,0 +1,63 @@
+"""report.html: one file with everything in it, plotly too, that asks the network for nothing."""
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.sweep.report import folder as read
+from scripts.sweep.report.folder import Folder
+from scripts.sweep.report.groups import Group
+from scripts.sweep.report.heading import heading
+from scripts.sweep.report.plots import curves, figures
+from scripts.sweep.tables import Cell, Table
+
+HERE = Path(__file__).parent
+
+
+def page(folder: Folder, found: Sequence[Group], tables: Sequence[Table]) -> str:
+    import jinja2
+    from plotly.offline import get_plotlyjs
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"shown": read.shown, "numeric": _numeric}
+    drawn = figures(folder, found)
+    return environment.get_template("page.html").render(
+        heading=heading(folder), metric=folder.sweep.metric, date=time.strftime("%Y-%m-%d %H:%M %Z"), tables=tables, trials=trials(folder, found),
+        figures=drawn, common=read.reference(folder), file=folder.text,
+        data=script_json({"curves": curves(found), "figures": drawn}), plotly=get_plotlyjs(),
+        css=(HERE / "page.css").read_text(), js=(HERE / "page.js").read_text())
+
+
+def script_json(data) -> str:
+    """JSON that no text in it can end the script element of."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace(
+        "\u2029", "\\u2029")
+
+
+def trials(folder: Folder, found: Sequence[Group]) -> list[dict]:
+    """Of each trial what the page's table shows, and how its configuration differs from the common one."""
+    _, common = read.reference(folder)
+    metric, listed = folder.sweep.metric, []
+    for group in found:
+        for trial in group.trials:
+            row = trial.row
+            cells = [Cell(group.label, group.label), Cell("tuning" if group.tuning else "", int(group.tuning)),
+                     Cell(str(row["seed"]), row["seed"]), Cell(row["status"].replace("_", " "), row["status"]),
+                     _cell(row["steps"], ",d"), _cell(row[metric], ".4f" if "loss" in metric else ",.1f"),
+                     _cell(row["train_s"], ",.1f"), Cell(row["device"] or "", row["device"])]
+            revision = (row["git_revision"] or "")[:10] + (" + changes" if row["git_dirty"] else "")
+            listed.append({"trial": row["trial"], "cells": [*cells, Cell(revision, revision)], "run": row["run"],
+                           "error": row["error"], "started": bool(trial.config),
+                           "differs": read.difference(trial.config, common) if trial.config else []})
+    return listed
+
+
+def _numeric(table: Table) -> list[int]:
+    """Columns that hold numbers and nothing else."""
+    columns = list(zip(*table.rows))
+    return [place for place, cells in enumerate(columns)
+            if {type(cell.value) for cell in cells} - {type(None)} in ({float}, {int}, {int, float})]
+
+
+def _cell(value, form: str) -> Cell:
+    return Cell("", None) if value is None else Cell(format(value, form), value if read.finite([value]) else None)

@@ -1,0 +1,207 @@
+"""The report's pictures for papers, by matplotlib: PNGs that stay readable at 800 pixels."""
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.judge import spread
+from scripts.sweep.report.folder import Folder, finite
+from scripts.sweep.report.groups import (GREY, LOSSES, Effect, Group, band, chosen, effects, final, line, rate_key)
+
+WIDTH, DPI = 7.2, 160                   # inches; 1,152 pixels
+MOST_CURVES = 8                         # with a colour and a name each; the others are grey
+MOST_ROWS = 40                          # of the picture of what was reached
+LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+NAMES = {"val_loss": "validation loss (nats per token)", "val_loss_avg": "validation loss of averaged weights",
+         "target_step": "steps to the target", "target_train_s": "seconds to the target", "train_s": "seconds",
+         "tokens_per_s": "tokens per second"}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#666666",
+         "axes.labelcolor": "#333333", "text.color": "#1a1a1a", "xtick.color": "#444444", "ytick.color": "#444444",
+         "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True, "grid.color": "#ebebeb",
+         "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 9,
+         "lines.linewidth": 1.6, "figure.dpi": DPI, "savefig.dpi": DPI}
+
+
+def draw(folder: Folder, found: Sequence[Group], out: Path) -> dict[Path, str]:
+    """Write those that the sweep has something for; file -> what it shows."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with plt.rc_context(STYLE):
+        drawn = {}
+        for name, what, picture in (
+                ("curves", "Validation loss over steps", lambda: _curves(plt, found, seconds=False)),
+                ("curves_seconds", "Validation loss over seconds on the clock", lambda: _curves(plt, found, seconds=True)),
+                ("final", "What each configuration reached, mean and 95% interval over seeds, a dot a seed",
+                 lambda: _final(plt, folder, found)),
+                ("learning_rates", "The search: each preset's draws, the chosen one ringed",
+                 lambda: _draws(plt, folder, found)),
+                ("effects", "The effect of each change, paired by seed, with 95% intervals",
+                 lambda: _effects(plt, folder, found))):
+            figure = picture()
+            if figure is not None:
+                path = out / f"{name}.png"
+                part = out / f".{name}.part.png"
+                figure.savefig(part, metadata={"Software": None})       # equal input gives equal bytes
+                plt.close(figure)
+                part.replace(path)
+                drawn[path] = what
+    return drawn
+
+
+def _curves(plt, found: Sequence[Group], seconds: bool):
+    shown = [(group, drawn) for group in found if not group.tuning and (drawn := band(group, "val"))]
+    shown = shown or [(group, drawn) for group in found if (drawn := band(group, "val"))]     # nothing reported yet
+    if not shown:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.3), layout="constrained")
+    for position, (group, drawn) in reversed(list(enumerate(shown))):
+        x = drawn.seconds if seconds else drawn.steps
+        if position >= MOST_CURVES and len(shown) > MOST_CURVES + 1:
+            axes.plot(x, drawn.mean, color="#d0d0d0", lw=1, zorder=1)
+            continue
+        axes.plot(x, drawn.mean, LINES[group.dash], color=group.colour, label=group.label, zorder=3,
+                  marker="o" if len(x) <= 15 else None, ms=3)
+        if drawn.low:
+            axes.fill_between(x, drawn.low, drawn.high, color=group.colour, alpha=.16, lw=0, zorder=2)
+    ends = [drawn.mean[-1] for _, drawn in shown]
+    starts = [value for _, drawn in shown for step, value in zip(drawn.steps, drawn.mean)
+              if step >= .1 * drawn.steps[-1]]
+    low, high = min(ends), max(starts)
+    axes.set(xlabel="seconds on the clock" if seconds else "step", ylabel="validation loss (nats per token)",
+             ylim=(low - .06 * (high - low), high + .06 * (high - low)) if high > low else None)
+    axes.set_xlim(left=0)
+    handles, names = axes.get_legend_handles_labels()
+    order = [names.index(group.label) for group, _ in shown if group.label in names]
+    columns = 1 if max(map(len, names)) > 34 else 2 if len(names) > 5 else 1
+    axes.legend([handles[i] for i in order], [names[i] for i in order], loc="upper right", ncols=columns,
+                title=f"best {MOST_CURVES} of {len(shown)}" if len(names) < len(shown) else None)
+    return figure
+
+
+def _final(plt, folder: Folder, found: Sequence[Group]):
+    metric = folder.sweep.metric
+    shown = [(group, list(values.values())) for group in found if not group.tuning
+             if (values := final(group, metric))][:MOST_ROWS]
+    if len(shown) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 1 + .3 * len(shown)), layout="constrained")
+    for row, (group, values) in enumerate(shown):
+        reached = spread(values)
+        if reached.low is not None:
+            axes.plot([reached.low, reached.high], [row, row], color=group.colour, lw=2.2, solid_capstyle="butt")
+        axes.plot(values, [row] * len(values), "o", color=group.colour, ms=3.5, alpha=.45, mew=0)
+        axes.plot([reached.mean], [row], "o", color=group.colour, ms=6.5, mec="white", mew=.8, zorder=4)
+        axes.annotate(_number(reached.mean), (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                      textcoords="offset points", va="center", size=9, color="#444444")
+    axes.set_yticks(range(len(shown)), [group.label for group, _ in shown])
+    axes.set(ylim=(len(shown) - .5, -.5), xlabel=NAMES[metric])
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def _draws(plt, folder: Folder, found: Sequence[Group]):
+    """A panel a preset, rates on a logarithmic axis; losses far above the others' at the upper edge."""
+    metric = folder.sweep.metric
+    panels = [(base, key, [group for group in found if group.tuning and group.base == base])
+              for base in folder.sweep.bases if (key := rate_key(folder, base))]
+    panels = [panel for panel in panels if panel[2]]
+    values = [value for _, _, tried in panels for group in tried for value in final(group, metric).values()]
+    if folder.sweep.kind != "compare" or not values:
+        return None
+    best, columns = chosen(found), min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(WIDTH, .5 + 2 * rows), sharey=True, squeeze=False,
+                                layout="constrained")
+    low, edge = limits(values)
+    for axes in grid.flat[len(panels):]:
+        axes.set_visible(False)
+    for axes, (base, key, tried) in zip(grid.flat, panels):
+        for group in tried:
+            rate, reached = group.parameters[key], final(group, metric).values()
+            if not reached:
+                axes.plot([rate], [edge], marker="x", color=GREY, ms=6, mew=1.5, clip_on=False)
+                continue
+            mean = spread(list(reached)).mean
+            axes.plot([rate], [min(mean, edge)], marker="^" if mean > edge else "o", color=group.colour, ms=5.5,
+                      mec="white", mew=.6, zorder=3, clip_on=False)
+            if group.key in best:
+                axes.plot([rate], [min(mean, edge)], marker="o", ms=11, mfc="none", mec="#1a1a1a", mew=1.3, zorder=4)
+        axes.set(title=next((g.label for g in found if g.base == base and not g.tuning), base.rpartition("/")[2]
+                            .removesuffix(".yaml")), ylim=(low - .08 * (edge - low), edge + .03 * (edge - low)))
+        rates = [group.parameters[key] for group in tried]
+        if min(rates) > 0:
+            axes.set_xscale("log")
+            axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
+            _few_ticks(axes)
+    figure.supxlabel(" or ".join(dict.fromkeys(key for _, key, _ in panels)), size=10, color="#333333")
+    figure.supylabel(NAMES[metric], size=10, color="#333333")
+    return figure
+
+
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Axis ends that a diverged draw does not set: three times the lower half's width above the least."""
+    ordered = sorted(finite(values))
+    low, middle = ordered[0], ordered[len(ordered) // 2]
+    high = min(ordered[-1], low + 3 * (middle - low)) if middle > low else ordered[-1]
+    return low, high if high > low else low + 1e-3
+
+
+def _few_ticks(axes) -> None:
+    """1, 2 and 5 of every decade, as plain numbers, where they have room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 12 else (1,) if high / low > 200 else (1, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
+
+
+def _effects(plt, folder: Folder, found: Sequence[Group]):
+    """A panel a family of comparisons; better is left of zero where less is better."""
+    measured = effects(folder, found)
+    if not measured:
+        return None
+    families = {each.family: [] for each in measured}
+    for each in measured:
+        families[each.family].append(each)
+    heights = [len(family) + 1.2 for family in families.values()]
+    figure, grid = plt.subplots(len(families), 1, figsize=(WIDTH, .6 + .3 * sum(heights)), sharex=True, squeeze=False,
+                                height_ratios=heights, layout="constrained")
+    for axes, (family, several) in zip(grid.flat, families.items()):
+        ordered = several if family == "rung" else by_size(several)
+        axes.axvline(0, color="#1a1a1a", lw=1, zorder=1)
+        for row, each in enumerate(ordered):
+            colour = colour_of(each)
+            if each.low is not None:
+                axes.plot([each.low, each.high], [row, row], color=colour, lw=2.2, solid_capstyle="butt")
+            axes.plot([each.mean], [row], "o", color=colour, ms=6.5, mec="white", mew=.8, zorder=4)
+            axes.annotate(f"{each.mean:+.4f}", (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                          textcoords="offset points", va="center", size=9, color="#444444")
+        axes.set_yticks(range(len(ordered)), [each.change for each in ordered])
+        axes.set(ylim=(len(ordered) - .5, -.5), title=title_of(family))
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    better = "higher" if folder.sweep.maximize else "lower"
+    axes.set_xlabel(f"difference in {NAMES[folder.sweep.metric]}; {better} is better")
+    return figure
+
+
+def title_of(family: str) -> str:
+    return {"added alone": "Added alone, less the baseline", "left out of all": "Left out, less all changes",
+            "rung": "Added to those above it, less the rung before"}.get(family, family)
+
+
+def by_size(several: Sequence[Effect]) -> list[Effect]:
+    return sorted(several, key=lambda each: (-abs(each.mean), each.change))
+
+
+def colour_of(each: Effect) -> str:
+    """Blue for less, orange for more; grey where the interval holds zero, or there is none."""
+    if each.low is None or each.low <= 0 <= each.high:
+        return GREY
+    return "#0072B2" if each.mean < 0 else "#D55E00"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"

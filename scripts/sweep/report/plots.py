@@ -1,0 +1,125 @@
+"""The page's interactive figures as plotly reads them: mappings of traces and axes. Curves are put together by page.js."""
+from collections.abc import Sequence
+from html import escape
+
+from scripts.judge import spread
+from scripts.sweep.report.folder import Folder
+from scripts.sweep.report.groups import (DASHES, GREY, LOSSES, Band, Group, Line, band, chosen, effects, final, line,
+                                         rate_key)
+from scripts.sweep.report.pictures import NAMES, by_size, colour_of, limits, title_of
+
+DIGITS = 6                              # significant, of what the page holds
+
+
+def curves(found: Sequence[Group]) -> dict:
+    """What page.js draws curves from: losses, and of every group a band and its seeds' lines for each."""
+    losses = [loss for loss in LOSSES if any(line(trial, loss).steps for group in found for trial in group.trials)]
+    return {"losses": [[loss, LOSSES[loss][1]] for loss in losses], "groups": [
+        {"label": group.label, "words": group.words, "key": group.key, "tuning": group.tuning, "colour": group.colour,
+         "dash": group.dash, "band": {loss: _band(band(group, loss)) for loss in losses},
+         "seeds": [{"seed": trial.row["seed"], "trial": trial.row["trial"], "status": trial.row["status"],
+                    **{loss: _line(line(trial, loss)) for loss in losses}} for trial in group.trials]}
+        for group in found]}
+
+
+def _band(found: Band | None) -> dict | None:
+    return found and {"step": _short(found.steps), "seconds": _short(found.seconds), "loss": _short(found.mean),
+                      "low": found.low and _short(found.low), "high": found.high and _short(found.high), "n": found.n}
+
+
+def _line(found: Line) -> dict:
+    return {"step": _short(found.steps), "seconds": _short(found.seconds), "loss": _short(found.losses)}
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.{DIGITS}g}") for value in values]
+
+
+def figures(folder: Folder, found: Sequence[Group]) -> list[dict]:
+    """Those beside the curves that the sweep has something for: id, title, note, data, layout."""
+    return [figure for figure in (_draws(folder, found), _final(folder, found), *_effects(folder, found)) if figure]
+
+
+def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
+    metric, best = folder.sweep.metric, chosen(found)
+    tuning = [(group, key, final(group, metric)) for group in found if group.tuning
+              if (key := rate_key(folder, group.base))]
+    if not any(reached for _, _, reached in tuning):
+        return None
+    low, edge = limits([value for _, _, reached in tuning for value in reached.values()])
+    data = []
+    for number, base in enumerate(folder.sweep.bases):
+        mine = [(group, key, reached) for group, key, reached in tuning if group.base == base and reached]
+        mine.sort(key=lambda each: each[0].parameters[each[1]])
+        if not mine:
+            continue
+        name = mine[0][0].label.partition(":")[0]
+        means = [spread(list(reached.values())).mean for _, _, reached in mine]
+        ringed = [group.key in best for group, _, _ in mine]
+        data.append({
+            "type": "scatter", "mode": "markers", "name": escape(name), "x": [g.parameters[k] for g, k, _ in mine],
+            "y": _short(means), "hovertemplate": "%{text}<extra></extra>", "marker": {
+                "color": mine[0][0].colour, "size": [14 if ring else 9 for ring in ringed], "symbol": number % 8,
+                "line": {"width": [3 if ring else 0 for ring in ringed], "color": "#1a1a1a"}},
+            "text": [_hover(name + (" (chosen)" if ring else ""), group.words, f"{NAMES[metric]}: {mean:.4f}",
+                            f"{len(reached)} tuning seed{'s' * (len(reached) > 1)}")
+                     for (group, _, reached), mean, ring in zip(mine, means, ringed)]})
+    rates = [group.parameters[key] for group, key, _ in tuning]
+    keys = " or ".join(dict.fromkeys(key for _, key, _ in tuning))
+    lost = sum(not reached for _, _, reached in tuning)
+    note = ("Every draw of the search; a black ring marks the one that runs with the reporting seeds. Double-click for "
+            "all values." + (f" {lost} draws without a result are not shown." if lost else ""))
+    return {"id": "learning-rates", "title": "Tuning: loss against learning rate", "note": note, "data": data,
+            "layout": {"xaxis": {"title": {"text": escape(keys)}, "type": "log" if min(rates) > 0 else "linear"},
+                       "yaxis": {"title": {"text": NAMES[metric]}, "range": [low - .08 * (edge - low), edge]}}}
+
+
+def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
+    metric = folder.sweep.metric
+    reached = [(group, final(group, metric)) for group in found if not group.tuning]
+    reached = [(group, values, spread(list(values.values()))) for group, values in reached if values]
+    if len(reached) < 2:
+        return None
+    means = {"type": "scatter", "mode": "markers", "name": "mean, 95% interval", "y": [escape(g.label) for g, _, _ in reached],
+             "x": _short([s.mean for _, _, s in reached]), "marker": {"size": 11, "color": [g.colour for g, _, _ in reached]},
+             "error_x": {"type": "data", "array": _short([s.high - s.mean if s.high else 0 for _, _, s in reached]),
+                         "color": "#666666", "thickness": 1.6, "width": 5},
+             "hovertemplate": "%{text}<extra></extra>",
+             "text": [_hover(g.label, g.words, f"mean {s.mean:.5g}, n = {s.n}",
+                             f"95%: {s.low:.5g} to {s.high:.5g}" if s.low is not None else "one seed, no interval")
+                      for g, _, s in reached]}
+    seeds = [(group, seed, value) for group, values, _ in reached for seed, value in values.items()]
+    dots = {"type": "scatter", "mode": "markers", "name": "seeds", "y": [escape(g.label) for g, _, _ in seeds],
+            "x": _short([value for _, _, value in seeds]), "hovertemplate": "%{text}<extra></extra>",
+            "marker": {"size": 6, "symbol": "line-ns-open", "color": [g.colour for g, _, _ in seeds]},
+            "text": [_hover(g.label, g.words, f"seed {seed}: {value:.6g}") for g, seed, value in seeds]}
+    return {"id": "final", "title": "What each reached", "note": "Mean and 95% interval (Student's t) over the reported "
+            "seeds; a stroke is a seed.", "data": [dots, means], "height": 130 + 30 * len(reached),
+            "layout": {"xaxis": {"title": {"text": NAMES[metric]}}, "yaxis": {"autorange": "reversed", "automargin": True}}}
+
+
+def _effects(folder: Folder, found: Sequence[Group]) -> list[dict]:
+    measured, figures = effects(folder, found), []
+    for family in dict.fromkeys(each.family for each in measured):
+        several = [each for each in measured if each.family == family]
+        several = several if family == "rung" else by_size(several)
+        trace = {"type": "scatter", "mode": "markers", "x": _short([e.mean for e in several]), "showlegend": False,
+                 "y": [escape(e.change) for e in several], "hovertemplate": "%{text}<extra></extra>",
+                 "marker": {"size": 11, "color": [colour_of(e) for e in several]},
+                 "error_x": {"type": "data", "array": _short([e.high - e.mean if e.high is not None else 0 for e in several]),
+                             "color": GREY, "thickness": 1.6, "width": 5},
+                 "text": [_hover(e.change, family, f"{e.mean:+.5f}, {e.n} seeds", f"95%: {e.low:+.5f} to {e.high:+.5f}"
+                                 if e.low is not None else "no interval") for e in several]}
+        figures.append({
+            "id": f"effects-{family.replace(' ', '-')}", "title": title_of(family), "data": [trace],
+            "note": f"Differences in {NAMES[folder.sweep.metric]} over equal seeds with 95% intervals, before any "
+                    "correction for their number; grey where the interval holds zero.",
+            "height": 130 + 34 * len(several),
+            "layout": {"xaxis": {"title": {"text": f"difference in {NAMES[folder.sweep.metric]}"}, "zeroline": True,
+                                 "zerolinecolor": "#1a1a1a", "zerolinewidth": 1.5},
+                       "yaxis": {"autorange": "reversed", "automargin": True}}})
+    return figures
+
+
+def _hover(title: str, *lines: str) -> str:
+    return "<br>".join([f"<b>{escape(title)}</b>", *map(escape, lines)])
