@@ -13,7 +13,7 @@ import yaml
 from harness.config import config_identity, to_yaml
 from harness.load import load
 from harness.yaml_tree import ConfigError
-from scripts.sweep import pack, results
+from scripts.sweep import pack
 from scripts.sweep.__main__ import entry
 from scripts.sweep.candidates import configurations
 from scripts.sweep.draw import drawn, grid, parameter, quantile
@@ -126,7 +126,7 @@ def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
     ("method: random\nparameters: {steps: {min: 1, max: 3}}", "write budget (configurations) or run_cap"),
     ("method: random\nbudget: 4\nparameters: {steps: {min: 1, max: 3}}", "only 3 different configurations"),
     ("method: grid\nbudget: 4\nparameters: {steps: {value: 1}}", "budget: a grid runs all that it holds"),
-    ("method: grid\nearly_terminate: {type: hyperband}\nparameters: {steps: {value: 1}}", "early_terminate: trials"),
+    ("method: grid\nearly_terminate: {type: hyperband}\nparameters: {steps: {value: 1}}", "early_terminate: write either"),
     ("method: grid\nseeds: [1, 1]\nparameters: {steps: {value: 1}}", "equal seeds give equal runs"),
     ("method: grid\nseeds: [1]\nparameters: {steps: {value: 1}, seed: {value: 2}}", "there twice, in seeds"),
     ("method: grid\nparameters: {steps: {value: 1}, config: {value: a}}", "there twice, in parameters.config and in base"),
@@ -248,39 +248,6 @@ def test_the_live_table_follows_the_logs_of_running_trials(tiny, tmp_path):
     assert "6 of 12" in drawn_now() and "3.2500" in drawn_now() and "4.1589" in drawn_now()
     log.write_text('{"step": 1, "train_s": 0.5, "train_loss": 3.9}\n')         # cut back by a run that continues
     assert "1 of 12" in drawn_now()
-
-
-# ---- the ranking
-
-def result(lr, seed, loss, status="finished", baseline=False, **more):
-    return dict(configuration=str(lr), base="muon.yaml", parameters={"lr": lr}, baseline=baseline, seed=seed,
-                status=status, val_loss=loss, val_loss_avg=None, target_train_s=None, train_s=None, tokens_per_s=None,
-                **{"target_step": None, **more})
-
-
-def test_the_table_ranks_means_over_seeds_and_puts_what_is_incomplete_last(tmp_path):
-    ranked = sweep(tmp_path, MUON + "method: grid\nparameters: {steps: {value: 1}}")
-    rows = [result(0.1, 0, 3.0, baseline=True), result(0.2, 0, 2.0), result(0.3, 0, 1.0, "stopped"),
-            result(0.4, 0, None, "crashed"), result(0.1, 1, 3.2, baseline=True), result(0.2, 1, 2.4),
-            result(0.3, 1, 0.9),
-            result(0.4, 1, None, "waiting")]
-    head, _, *lines = [[cell.strip() for cell in line.strip("| ").split(" | ")]
-                       for line in results.table(rows, ranked).splitlines()]
-    assert head == ["lr", "seeds", "val_loss", "val_loss less baseline's", "not finished"]
-    assert [line[0] for line in lines] == ["0.2", "0.1", "0.3", "0.4"]
-    assert lines[0][1:4] == ["2 of 2", "2.2000 ± 0.2828", "-0.9000 (-2.1706 to +0.3706)"]     # t(0.975, 1) = 12.706
-    assert lines[2][1:4] == ["1 of 2", "0.9000", "-2.3000"] and lines[2][-1] == "1 stopped"
-    assert lines[3][-1] == "1 crashed, 1 waiting"
-    backwards = results.table(rows, ranked._replace(maximize=True)).splitlines()[2:]
-    assert [line.split("|")[1].strip() for line in backwards] == ["0.1", "0.2", "0.3", "0.4"]
-
-
-def test_a_target_that_some_seeds_did_not_reach_is_no_first_rank(tmp_path):
-    ranked = sweep(tmp_path, MUON + "method: grid\nmetric: {name: target_step}\nparameters: {steps: {value: 1}}")
-    rows = [result(0.1, 0, 3.0, target_step=100), result(0.1, 1, 3.0), result(0.2, 0, 3.0, target_step=150),
-            result(0.2, 1, 3.0, target_step=152)]
-    lines = results.table(rows, ranked).splitlines()[2:]
-    assert "| 0.2 | 2 of 2 | 151 ± 1 |" in lines[0] and "| 0.1 | 2 of 2 | 100 (1 of 2) |" in lines[1]
 
 
 def test_help_answers_without_loading_torch():

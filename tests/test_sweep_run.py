@@ -82,7 +82,7 @@ def test_a_crash_is_retried_once_and_reported_and_stops_no_other_trial(tiny, tmp
     summary = json.loads((out / good["run"] / "summary.json").read_text())
     assert good["val_loss"] == summary["val_loss"] and good["tokens_per_s"] == summary["tokens_per_s"]
     assert good["steps"] == good["of_steps"] == 12 and good["seed"] == summary["seed"] == 0
-    table = said.out[said.out.index("| "):]
+    table = said.out[said.out.index("**Ranking**"):]
     assert f"| 64 | 1 of 1 | {good['val_loss']:.4f} | " in table and "1 not_finite" in table
     assert entry([path, "--out", str(out), "--table"]) == 0 and capsys.readouterr().out == table
     train_here("--config", tiny)

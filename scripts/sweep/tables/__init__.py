@@ -1,0 +1,23 @@
+"""What the rows of results.jsonl say, as tables for a terminal, a report and a paper.
+
+    sweep     the ranking: a row a configuration
+    compare   the presets at the best of their tuning, and what tuning tried
+    ladder    what each change does, added alone and left out of all, and what every configuration reached
+"""
+from collections.abc import Sequence
+
+from scripts.sweep.file import Sweep
+from scripts.sweep.tables.cells import Cell, Table, markdown
+from scripts.sweep.tables.ranking import ranking
+
+__all__ = ["Cell", "Table", "markdown", "tables"]
+
+
+def tables(rows: Sequence[dict], sweep: Sweep, costs: dict | None = None) -> list[Table]:
+    """Those of a sweep of any kind.
+
+    Args:
+        rows: of results.jsonl.
+        costs: of costs.json, by configuration; a comparison shows them.
+    """
+    return [ranking(rows, sweep)]
