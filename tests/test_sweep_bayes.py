@@ -17,7 +17,6 @@ from tests.conftest import ROOT
 
 SPACE = "optim.hidden.lr: {distribution: log_uniform_values, min: 0.0001, max: 1.0}, " \
         "optim.rest.lr: {values: [0.1, 0.2, 0.3]}"
-optuna = pytest.mark.skipif(bayes.importlib.util.find_spec("optuna") is None, reason="needs optuna")
 
 
 def write(tmp_path, tiny, more, parameters=SPACE):
@@ -34,11 +33,12 @@ def loss(each):
 def fill(search, rows, result=loss):
     """Rows as trials that ended leave them, for all that was proposed."""
     for each in search.proposed:
-        ended = dict(configuration=configuration_id(each), status="finished", val_loss=result(each.parameters))
-        rows.setdefault(configuration_id(each), ended)
+        for seed in search.sweep.search_seeds:
+            ended = dict(configuration=configuration_id(each), base=each.base, seed=seed, steps=3, status="finished",
+                         val_loss=result(each.parameters))
+            rows.setdefault(f"{configuration_id(each)} {seed}", ended)
 
 
-@optuna
 @pytest.mark.parametrize("goal", ["minimize", "maximize"])
 def test_proposals_gather_where_results_are_good(tiny, tmp_path, goal):
     sign = 1 if goal == "minimize" else -1
@@ -52,7 +52,6 @@ def test_proposals_gather_where_results_are_good(tiny, tmp_path, goal):
     assert statistics.median(found[STARTUP:]) < 0.5 * statistics.median(found[:STARTUP])
 
 
-@optuna
 def test_a_search_that_continues_remembers_what_it_proposed_unless_the_file_means_something_else(tiny, tmp_path):
     path = write(tmp_path, tiny, "budget: 13\nseeds: [0, 1]\n")
     search, rows = Search(read(path), tmp_path), {}
@@ -70,7 +69,6 @@ def test_a_search_that_continues_remembers_what_it_proposed_unless_the_file_mean
     assert len(Search(read(path), tmp_path).proposed) == 11
 
 
-@optuna
 def test_what_does_not_end_well_counts_as_the_worst_and_what_runs_is_not_proposed_again(tiny, tmp_path):
     search, rows = Search(read(write(tmp_path, tiny, "budget: 30\n")), tmp_path), {}
     fill(search, rows)
@@ -79,11 +77,10 @@ def test_what_does_not_end_well_counts_as_the_worst_and_what_runs_is_not_propose
             row.update(status="not_finite", val_loss=None)
     running = [search.next_trials(rows)[0].configuration for _ in range(8)]     # none of them in rows yet
     assert len({configuration_id(each) for each in running}) == 8
-    told = [bayes._result(each, "val_loss", rows) for _, each in search.known]
-    assert told.count((None, False)) == 8 and (None, True) in told
+    told = [bayes._told(places, each, search.sweep, rows)[1:] for places, each in search.known]
+    assert told.count(("running", None)) == 8 and ("ended", None) in told
 
 
-@optuna
 def test_every_configuration_of_a_small_space_is_proposed_once(tiny, tmp_path):
     path = write(tmp_path, tiny, "budget: 14\n", "optim.hidden.lr: {min: 1, max: 12}")
     search, rows = Search(read(path), tmp_path), {}
@@ -93,7 +90,6 @@ def test_every_configuration_of_a_small_space_is_proposed_once(tiny, tmp_path):
     assert sorted(each.parameters["optim.hidden.lr"] for each in search.proposed) == list(range(1, 13))
 
 
-@optuna
 def test_presets_have_equal_budgets_and_the_same_first_configurations(tiny, tmp_path):
     path, other = tmp_path / "sweep.yaml", tiny.with_name("other.yaml")
     other.write_text(tiny.read_text().replace("name: tiny", "name: other"))
@@ -108,7 +104,6 @@ def test_presets_have_equal_budgets_and_the_same_first_configurations(tiny, tmp_
     assert len(first) == len(second) == 12 and first[:STARTUP] == second[:STARTUP]
 
 
-@optuna
 def test_a_bayesian_sweep_runs_its_proposals_and_ends(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.sweep.candidates.STARTUP", 1)
     path = write(tmp_path, tiny, "budget: 2\n")
@@ -118,10 +113,13 @@ def test_a_bayesian_sweep_runs_its_proposals_and_ends(tiny, tmp_path, monkeypatc
     assert len((tmp_path / "out" / "search.jsonl").read_text().splitlines()) == 2
 
 
-def test_without_optuna_one_line_says_how_to_get_it(tiny, tmp_path):
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_without_optuna_one_line_says_how_to_get_it(tiny, tmp_path, method):
     path = write(tmp_path, tiny, "budget: 4\n")
+    path.write_text(path.read_text().replace("bayes", method))
     code = "import sys; sys.modules['optuna'] = None\n" \
            "import scripts.sweep.__main__ as m; sys.exit(m.entry(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr == \
-        "error: method bayes needs Optuna: python -m pip install optuna; or take method: random\n"
+        "error: method: random, method: bayes and early_terminate need Optuna: python -m pip install optuna; or take " \
+        "method: grid without early_terminate\n"

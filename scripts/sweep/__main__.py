@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     from harness.processes import EXIT_REQUEUE
     from harness.rundir import write_text
-    from scripts.sweep import bayes, file, pack, plan
+    from scripts.sweep import bayes, file, halving, pack, plan
     from scripts.sweep.results import ENDED, FINAL, row, status_of, write_results
-    from scripts.sweep.run import run
+    from scripts.sweep.run import Going, end, run
     from scripts.sweep.show import Show
     from scripts.sweep.tables import markdown, tables
 
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
     search = bayes.Search(sweep, out) if sweep.method == "bayes" else None
     trials = plan.plan(sweep, out, search.remembered if search else ())
     tuned = FINAL if not args.table else ENDED              # a crashed one would be tried again, and might be the best
-    trials += plan.reporting(sweep, [row(trial, out) for trial in trials], out, tuned)
+    rows = {trial.name: row(trial, out) for trial in trials}
+    if search is None or search.is_over(rows):
+        trials += plan.reporting(sweep, list(rows.values()), out, tuned)
     if args.table:
         print(shown([row(trial, out) for trial in trials]))
         return 0
@@ -86,6 +88,7 @@ def main(argv: list[str]) -> int:
     write_results(list(rows.values()), out)
     show = Show(len(trials))
     show.say(heading)
+    early = halving.Halving(sweep, out, trials) if sweep.early_terminate else None
 
     def changed(trial: plan.Trial, what: str) -> None:
         rows[trial.name] = row(trial, out)
@@ -93,6 +96,13 @@ def main(argv: list[str]) -> int:
         loss = rows[trial.name]["val_loss"]
         show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {trial.label}: {what}"
                  + (f", val_loss {loss:.4f}" if what == "finished" else ""))
+
+    def look(going: list[Going], waiting: int) -> None:
+        show.look(going, waiting)
+        hopeless = early.hopeless([each.trial for each in going]) if early else ()
+        for each in going:
+            if each.trial in hopeless:
+                end(each)
 
     def more() -> list[plan.Trial]:
         added = search.next_trials(rows) if search else []
@@ -103,7 +113,7 @@ def main(argv: list[str]) -> int:
         return added
 
     try:
-        complete = run(trials, slots, out, changed, show.look, more)
+        complete = run(trials, slots, out, changed, look, more)
     finally:
         show.close()
 

@@ -17,7 +17,11 @@ are whole numbers, else uniform).
 """
 import math
 import zlib
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
+
+from harness.yaml_tree import ConfigError
 
 NEEDED = object()
 RANGE = {"min": NEEDED, "max": NEEDED}
@@ -120,8 +124,31 @@ def grid(p: Parameter) -> list:
 
 def share(p: Parameter, number: int) -> float:
     """From 0 to 1, for draw `number` of a random search: always the same, whatever the other parameters are."""
-    from numpy.random import default_rng
-    return default_rng([number, zlib.crc32(p.key.encode())]).random()
+    return _shares(p.key, 1 << number.bit_length())[number]
+
+
+@cache
+def _shares(key: str, count: int) -> list[float]:
+    """The first `count` draws of Optuna's random sampler, seeded by the name of the parameter."""
+    optuna = load_optuna()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=zlib.crc32(key.encode())))
+    space = {key: optuna.distributions.FloatDistribution(0.0, 1.0)}
+    return [study.ask(space).params[key] for _ in range(count)]
+
+
+def load_optuna() -> ModuleType:
+    """Optuna, saying nothing but errors.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError("method: random, method: bayes and early_terminate need Optuna: python -m pip install "
+                          "optuna; or take method: grid without early_terminate") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
 
 
 def drawn(p: Parameter, number: int) -> Any:

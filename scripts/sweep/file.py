@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from harness.yaml_tree import ConfigError, Tree, origin_of, plain, read_text
+from scripts.sweep import brackets
 from scripts.sweep.draw import Parameter, grid, parameter
 
 OURS = ("base", "seeds", "budget", "baseline", "spaces", "tuning_seeds", "changes", "rungs")
@@ -60,7 +61,7 @@ class Sweep(NamedTuple):
     baseline: Configuration | None
     metric: str                         # key of a result
     maximize: bool
-    early_terminate: dict | None = None
+    early_terminate: dict[str, int] | None = None       # brackets.rule
     spaces: dict[str, tuple[Parameter, ...]] = {}       # preset -> parameters of its own
     tuning_seeds: tuple[int, ...] = ()                  # () unless it is a comparison
     changes: dict[str, dict[str, Any]] = {}             # name -> dotted key -> value; {} unless it is a ladder
@@ -169,8 +170,10 @@ def read(path: Path) -> Sweep:
             raise refuse("a comparison is with one of its presets, tuned like the others; write {config: PRESET}",
                          *where["baseline"])
     sweep = Sweep(path, method, tuple(parameters.values()), tuple(bases), tuple(seeds), budget, run_cap, baseline,
-                  metric, maximize, said.get("early_terminate"), spaces, tuple(tuning_seeds), own.get("changes", {}),
+                  metric, maximize, None, spaces, tuple(tuning_seeds), own.get("changes", {}),
                   own.get("rungs", False))
+    if "early_terminate" in said:
+        sweep = sweep._replace(early_terminate=_early_terminate(said["early_terminate"], sweep, refuse))
     if {"changes", "rungs"} & own.keys():
         _check_ladder(sweep, where, refuse)
     if tuning_seeds and run_cap is not None:
@@ -188,6 +191,20 @@ def _spaces(said: Any, at: tuple, refuse) -> dict[str, tuple[Parameter, ...]]:
             raise refuse("no parameter of a preset's own; remove it", *at, preset, min(not_its_own))
         spaces[preset] = tuple(own.values())
     return spaces
+
+
+def _early_terminate(said: Any, sweep: Sweep, refuse) -> dict[str, int]:
+    try:
+        found = brackets.rule(said)
+    except ValueError as error:
+        raise refuse(str(error), "early_terminate") from None
+    if sweep.kind == "ladder" or sweep.kind == "sweep" and sweep.baseline:
+        raise refuse("differences from a baseline are of trials that ran to their end; remove one of them",
+                     "early_terminate")
+    if sweep.metric not in ("val_loss", "val_loss_avg"):
+        raise refuse(f"follows validation losses, and metric is {sweep.metric}; remove it, or take val/loss",
+                     "early_terminate")
+    return found
 
 
 def _check_ladder(sweep: Sweep, where: dict, refuse) -> None:

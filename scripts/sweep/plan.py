@@ -6,6 +6,7 @@ the sweep file is called and however the values are written. It has the folder t
     trial.yaml       the resolved configuration
     output.txt       what it printed
     failure.json     status, exit code and last line of an attempt that failed; gone when another begins
+    pruned.json      seed, step and metric where successive halving ended its configuration
     <run directory>  made by train.py
 """
 import hashlib
@@ -27,6 +28,7 @@ from model.gpt import GPT
 from optim.groups import GroupError
 from scripts.judge import spread
 from scripts.logs import flat
+from scripts.sweep.brackets import brackets
 from scripts.sweep.candidates import configurations, in_words, label
 from scripts.sweep.file import Configuration, Sweep
 
@@ -42,6 +44,7 @@ class Trial(NamedTuple):
     is_baseline: bool
     config: Config                      # its seed and runs_dir too
     label: str                          # of the configuration, short
+    may_be_pruned: bool                 # by successive halving: never where its result is reported
 
 
 def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list[Trial]:
@@ -121,7 +124,7 @@ def trial_of(each: Configuration, seed: int | None, sweep: Sweep, out: Path, che
     name = config_identity(config)
     folder = out / "trials" / name
     return Trial(name, folder, each, each == sweep.baseline, replace(config, runs_dir=str(folder)),
-                 label(each, sweep))
+                 label(each, sweep), sweep.early_terminate is not None and seed in sweep.search_seeds)
 
 
 def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:
@@ -130,6 +133,10 @@ def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:
         raise ConfigError("metric val_loss_avg, but there is no average; set average, or rank by val/loss")
     if sweep.metric.startswith("target") and config.target_val_loss is None:
         raise ConfigError(f"metric {sweep.metric}, but there is no target_val_loss; set it, or rank by val/loss")
+    validations = len(config.validation_steps() - {0})
+    if sweep.early_terminate and not brackets(sweep.early_terminate, validations):
+        raise ConfigError(f"early_terminate: a trial has {validations} validations, none of them at a bracket before its end; "
+                          "lower min_iter or max_iter, validate more often (val_every), or remove it")
     with torch.device("meta"):
         sketch = GPT(config.model, config.seq_len)
     preflight.check(config, sketch)

@@ -5,7 +5,7 @@ from pathlib import Path
 from harness.rundir import is_held, read_log, state_of, write_text
 from scripts.sweep.plan import Trial, configuration_id
 
-FINAL = ("finished", "not_finite")      # nothing to do again: the same configuration would end so again
+FINAL = ("finished", "not_finite", "pruned")            # nothing to do again: the same trial would end so again
 ENDED = (*FINAL, "crashed", "refused")  # nothing more is awaited, in this call of the sweep
 
 
@@ -16,13 +16,15 @@ def run_of(trial: Trial) -> Path | None:
 
 
 def status_of(trial: Trial) -> str:
-    """finished, not_finite; crashed, refused (as its last attempt ended); running; stopped; waiting."""
+    """finished, not_finite; pruned; crashed, refused (as its last attempt ended); running; stopped; waiting."""
     run = run_of(trial)
     state = state_of(run) if run else "waiting"
     if state in FINAL:
         return state
     if run and is_held(run):
         return "running"
+    if pruned_of(trial):
+        return "pruned"
     if failure := failure_of(trial):
         return failure["status"]
     return "stopped" if run else "waiting"                            # cut off, or by a signal: it goes on from there
@@ -33,6 +35,12 @@ def failure_of(trial: Trial) -> dict | None:
         return json.loads((trial.folder / "failure.json").read_text())
     except (OSError, json.JSONDecodeError):
         return None
+
+
+def pruned_of(trial: Trial) -> dict | None:
+    """Where successive halving ended its configuration: {seed, step, the metric}."""
+    path = trial.folder / "pruned.json"
+    return json.loads(path.read_text()) if trial.may_be_pruned and path.exists() else None
 
 
 def row(trial: Trial, out: Path) -> dict:

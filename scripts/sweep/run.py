@@ -53,7 +53,7 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
 
     Args:
         changed: called with a trial and what became of it, in words, whenever its status changes.
-        look: called with the running trials and the number of waiting ones, five times a second.
+        look: called with the running trials and the number of waiting ones, five times a second; it may `end` some.
         more: called when there is room and nothing waits; trials to add, or none.
     """
     waiting = [(trial, 1) for trial in trials if status_of(trial) not in FINAL]
@@ -79,8 +79,7 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
             if signals.count > told:
                 told = signals.count
                 for each in going:
-                    os.kill(each.process.pid, signal.SIGTERM) if told == 1 else os.killpg(each.process.pid,
-                                                                                         signal.SIGKILL)
+                    end(each) if told == 1 else os.killpg(each.process.pid, signal.SIGKILL)
             for each in [each for each in going if each.process.poll() is not None]:
                 going.remove(each)
                 free = sorted([*free, each.slot])
@@ -91,9 +90,14 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
             look(going, len(waiting))
     finally:
         for each in going:                                            # an error of our own: nobody is left alone
-            os.kill(each.process.pid, signal.SIGTERM)
+            end(each)
         signals.close()
     return not signals.count
+
+
+def end(going: Going) -> None:
+    """Ask a trial to save and end."""
+    os.kill(going.process.pid, signal.SIGTERM)
 
 
 def _start(trial: Trial, slot: Slot, attempt: int, out: Path) -> Going:
