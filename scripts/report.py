@@ -1,7 +1,12 @@
-"""Draw runs over the curve of the published record that they repeat, and say step by step whether they lie with it.
+"""Report a sweep; or draw runs over the curve of the published record that they repeat, and say step by step whether
+they lie with it.
 
+    python -m scripts.report runs/sweeps/demo_race                             # or configs/sweeps/demo_race.yaml
     python -m scripts.report runs/04-muon-0-20261124-120302 ...
     python -m scripts.report LOG.txt --record track3-muon --out report.svg     # published logs are read, too
+
+A sweep's report comes from its folder alone, which may be unfinished or moved, and goes there: report.html (curves to
+zoom into, tables to sort, every trial's configuration; it needs no network), report.md and pictures for papers.
 
 RUN is a run directory or a published log (scripts/logs.py); the losses are those of the weights that its target is
 asked of. The record is the one whose preset the run's name is; its curve is in configs/records/curves/.
@@ -160,14 +165,35 @@ def draw(runs: list, names: list[str], record: dict, out: Path) -> None:
     part.replace(out)
 
 
+def report_sweep(args) -> int:
+    """The report of one sweep, given by its folder or by its file."""
+    folder = args.runs[0] if args.runs[0].is_dir() else Path("runs/sweeps") / args.runs[0].stem
+    try:
+        if len(args.runs) > 1 or args.record or args.out:
+            raise ReportError(f"{args.runs[0]} is a sweep: report one at a time, without --record and --out")
+        if not folder.is_dir():
+            raise ReportError(f"{folder}: no such folder; run the sweep first, or give the folder it has (--out)")
+        from scripts.sweep.report import write               # torch is loaded here
+        print("\n".join(map(str, write(folder))))
+    except (ValueError, OSError) as error:                   # our own refusals are subclasses of ValueError
+        if type(error) is ValueError:
+            raise
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m scripts.report", __doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory or a published log")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a sweep's folder or file, a run "
+                        "directory or a published log")
     parser.add_argument("--record", metavar="NAME", help="a file of configs/records/curves/, or a preset; default: "
                         "the run's own preset")
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture, .png, .svg or .pdf; default: report.png "
                         "in the first run's directory, or here for a log")
     args = parser.parse_args(argv)
+    if args.runs[0].suffix in (".yaml", ".yml") or (args.runs[0] / "results.jsonl").exists():
+        return report_sweep(args)
     out = args.out or (args.runs[0] if args.runs[0].is_dir() else Path()) / "report.png"
     try:
         if out.suffix not in FORMATS or not out.resolve().parent.is_dir():

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from scripts.judge import paired, spread
 from scripts.sweep.candidates import comparisons
+from scripts.sweep.candidates import label as short_name
+from scripts.sweep.file import Configuration
 from scripts.sweep.plan import configuration_id
 from scripts.sweep.report.folder import Folder, Trial, finite, is_tuning, shown
 
@@ -174,34 +176,30 @@ def _labels(firsts: Sequence[dict], folder: Folder) -> dict[tuple[str, bool], st
     bases = {row["base"]: PurePath(row["base"]).stem for row in firsts}
     if len(set(bases.values())) < len(bases):
         bases = {base: base for base in bases}
-    ladder = _ladder_labels(folder)
-    labels = {}
+    short, labels = _shortest(varying), {}
     for row in firsts:
         key, tuning = row["configuration"], is_tuning(row, sweep)
-        own = ", ".join(f"{name} {_value(row, name)}" for name in varying if name != "config" and _value(row, name))
+        own = ", ".join(f"{short[name]} {_value(row, name)}" for name in varying if name != "config" and _value(row, name))
         if sweep.kind == "ladder":
-            label = ladder.get(key) or own or "the preset"
+            label = short_name(Configuration(row["base"], row["parameters"]), sweep)
         elif sweep.kind == "compare":
             label = f"{bases[row['base']]}: {own}" if tuning and own else bases[row["base"]]
         else:
-            label = ", ".join(filter(None, [bases[row["base"]] if "config" in varying else "", own])) or bases[row["base"]]
+            name = bases[row["base"]]
+            label = ", ".join(filter(None, [name if "config" in varying else "", own])) or name
         labels[key, tuning] = f"{label} (baseline)" if row["baseline"] and sweep.kind == "sweep" else label
     twice = Counter(labels.values())
     return {key: f"{label} [{key[0]}]" if twice[label] > 1 else label for key, label in labels.items()}
 
 
-def _ladder_labels(folder: Folder) -> dict[str, str]:
-    if folder.sweep.kind != "ladder":
-        return {}
-    labels, rungs = {configuration_id(folder.sweep.baseline): "baseline"}, []
-    for each in comparisons(folder.sweep):
-        rungs = rungs + [each.change] if each.family == "rung" else rungs
-        if each.family == "left out of all":
-            labels.setdefault(configuration_id(each.against), "all changes")
-        label = {"added alone": f"+ {each.change}", "left out of all": f"all but {each.change}",
-                 "rung": " + ".join(["", *rungs]).strip()}[each.family]
-        labels.setdefault(configuration_id(each.of), label)
-    return labels
+def _shortest(keys: Sequence[str]) -> dict[str, str]:
+    """Each by as many of its last parts as tell it from the others."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        found[key] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
+    return found
 
 
 def _styles(firsts: Sequence[dict], folder: Folder) -> dict[str, tuple[str, str]]:
@@ -218,7 +216,7 @@ def _styles(firsts: Sequence[dict], folder: Folder) -> dict[str, tuple[str, str]
     if len(values) > 2 and len(finite(values.values())) == len(values):
         from matplotlib import colormaps, colors
         ordered = sorted(values, key=values.get)
-        return {key: (colors.to_hex(colormaps["viridis"](.9 * position / (len(ordered) - 1))), "solid")
+        return {key: (colors.to_hex(colormaps["viridis"](.8 * position / (len(ordered) - 1))), "solid")
                 for position, key in enumerate(ordered)}
     baseline = {row["configuration"] for row in firsts if row["baseline"]}
     others = [key for key in keys if key not in baseline]

@@ -24,5 +24,5 @@ def text(folder: Folder, tables: Sequence[Table], pictures: Mapping[Path, str]) 
 
 def plain(said: str) -> str:
     """Text that Markdown takes for text."""
-    return re.sub(r"([\\`*_<>\[\]#|])", r"\\\1", " ".join(said.split()))
+    return re.sub(r"([\\`*<>\[\]#|]|\b_|_\b)", r"\\\1", " ".join(said.split()))
 

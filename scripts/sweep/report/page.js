@@ -59,17 +59,29 @@ function traces() {
   return found;
 }
 
+// Losses after the first tenth of the run, from whose start all fall; undefined where that leaves nothing.
+function later(drawn) {
+  const end = Math.max(...drawn.map(trace => trace.x.at(-1)).filter(Number.isFinite));
+  const losses = drawn.filter(trace => trace.meta !== "band")
+    .flatMap(trace => trace.y.filter((_, i) => trace.x[i] >= .1 * end));
+  const low = losses.reduce((a, b) => Math.min(a, b), Infinity);
+  const high = losses.reduce((a, b) => Math.max(a, b), -Infinity);
+  return high > low ? [low - .08 * (high - low), high + .05 * (high - low)].map(y => Math.max(y, low / 2)) : undefined;
+}
+
 function curves() {
   const name = DATA.curves.losses.find(([loss]) => loss === state.loss)[1];
   const count = DATA.curves.groups.filter(group => state.tuning || !group.tuning).length;
-  Plotly.react("curves", traces(), {
-    font: FONT, height: 520, margin: {l: 64, r: 16, t: 16, b: 52}, hovermode: "closest", hoverlabel: {align: "left",
+  const drawn = traces(), range = state.logx ? undefined : later(drawn);
+  Plotly.react("curves", drawn, {
+    font: FONT, height: 520, margin: {l: 64, r: 16, t: 34, b: 52}, hovermode: "closest", hoverlabel: {align: "left",
       bgcolor: "#fff", bordercolor: "#999", font: {...FONT, size: 12}}, plot_bgcolor: "#fff", paper_bgcolor: "#fff",
     uirevision: state.x + state.loss + state.logx + state.logy, showlegend: true,
     legend: {itemsizing: "constant", font: {size: count > 14 ? 11 : 12}, traceorder: "normal"},
     xaxis: {...AXIS, title: {text: state.x === "step" ? "step" : "seconds on the clock"},
             type: state.logx ? "log" : "linear"},
-    yaxis: {...AXIS, title: {text: `${name} (nats per token)`}, type: state.logy ? "log" : "linear"}}, CONFIG);
+    yaxis: {...AXIS, title: {text: `${name} (nats per token)`}, type: state.logy ? "log" : "linear",
+            range: state.logy && range ? range.map(Math.log10) : range}}, CONFIG);
 }
 
 // Buttons: [key of the state, value or null for on and off, label]
@@ -97,11 +109,16 @@ function controls() {
   mark();
 }
 
-if (state.loss) { controls(); curves(); } else { document.getElementById("curves").textContent = "No trial has a log yet."; }
+if (state.loss) {
+  controls();
+  curves();
+} else {
+  document.getElementById("curves").textContent = "No trial has a log yet.";
+}
 for (const figure of DATA.figures) {
   const {xaxis = {}, yaxis = {}, ...more} = figure.layout;
   Plotly.newPlot(figure.id, figure.data, {
-    font: FONT, height: figure.height || 440, margin: {l: 64, r: 16, t: 12, b: 52}, hovermode: "closest",
+    font: FONT, height: figure.height || 440, margin: {l: 64, r: 16, t: 34, b: 52}, hovermode: "closest",
     hoverlabel: {align: "left", bgcolor: "#fff", bordercolor: "#999", font: {...FONT, size: 12}},
     xaxis: {...AXIS, ...xaxis}, yaxis: {...AXIS, ...yaxis}, ...more}, CONFIG);
 }
@@ -128,7 +145,9 @@ document.querySelectorAll("table.sortable th").forEach(head => head.addEventList
 
 const filter = document.getElementById("filter");
 filter.addEventListener("input", () => {
-  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean), rows = [...document.querySelector("#trials").tBodies[0].rows];
+  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const rows = [...document.querySelector("#trials").tBodies[0].rows];
   for (const row of rows) row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
-  document.getElementById("count").textContent = words.length ? `${rows.filter(row => !row.hidden).length} of ${rows.length}` : "";
+  const left = rows.filter(row => !row.hidden).length;
+  document.getElementById("count").textContent = words.length ? `${left} of ${rows.length}` : "";
 });

@@ -12,6 +12,7 @@ from scripts.sweep.report.plots import curves, figures
 from scripts.sweep.tables import Cell, Table
 
 HERE = Path(__file__).parent
+MOST_DIFFERENCES = 4                    # of a trial that are shown at once; those that the sweep gave it come first
 
 
 def page(folder: Folder, found: Sequence[Group], tables: Sequence[Table]) -> str:
@@ -22,7 +23,8 @@ def page(folder: Folder, found: Sequence[Group], tables: Sequence[Table]) -> str
     environment.filters |= {"shown": read.shown, "numeric": _numeric}
     drawn = figures(folder, found)
     return environment.get_template("page.html").render(
-        heading=heading(folder), metric=folder.sweep.metric, date=time.strftime("%Y-%m-%d %H:%M %Z"), tables=tables, trials=trials(folder, found),
+        heading=heading(folder), most=MOST_DIFFERENCES,
+        date=time.strftime("%Y-%m-%d %H:%M %Z"), tables=tables, trials=trials(folder, found),
         figures=drawn, common=read.reference(folder), file=folder.text,
         data=script_json({"curves": curves(found), "figures": drawn}), plotly=get_plotlyjs(),
         css=(HERE / "page.css").read_text(), js=(HERE / "page.js").read_text())
@@ -34,22 +36,28 @@ def script_json(data) -> str:
         "\u2029", "\\u2029")
 
 
-def trials(folder: Folder, found: Sequence[Group]) -> list[dict]:
-    """Of each trial what the page's table shows, and how its configuration differs from the common one."""
+def trials(folder: Folder, found: Sequence[Group]) -> dict:
+    """A row a trial, with how its configuration differs from the common one between what it reached and where."""
     _, common = read.reference(folder)
-    metric, listed = folder.sweep.metric, []
+    metric, searched, listed = folder.sweep.metric, folder.sweep.kind == "compare", []
     for group in found:
         for trial in group.trials:
             row = trial.row
-            cells = [Cell(group.label, group.label), Cell("tuning" if group.tuning else "", int(group.tuning)),
-                     Cell(str(row["seed"]), row["seed"]), Cell(row["status"].replace("_", " "), row["status"]),
-                     _cell(row["steps"], ",d"), _cell(row[metric], ".4f" if "loss" in metric else ",.1f"),
-                     _cell(row["train_s"], ",.1f"), Cell(row["device"] or "", row["device"])]
+            differs = read.difference(trial.config, common) if trial.config else []
+            differs.sort(key=lambda each: each[0] not in row["parameters"])     # stable
             revision = (row["git_revision"] or "")[:10] + (" + changes" if row["git_dirty"] else "")
-            listed.append({"trial": row["trial"], "cells": [*cells, Cell(revision, revision)], "run": row["run"],
-                           "error": row["error"], "started": bool(trial.config),
-                           "differs": read.difference(trial.config, common) if trial.config else []})
-    return listed
+            search = [Cell("tuning" if group.tuning else "", int(group.tuning))] if searched else []
+            before = [Cell(group.label, group.label), *search,
+                      Cell("" if row["seed"] is None else str(row["seed"]), row["seed"]),
+                      Cell(row["status"].replace("_", " "), row["status"]), _cell(row["steps"], ",d"),
+                      _cell(row[metric], ".4f" if "loss" in metric else ",.1f"), _cell(row["train_s"], ",.1f")]
+            after = [Cell(row["device"] or "", row["device"]), Cell(revision, revision)]
+            listed.append({"trial": row["trial"], "run": row["run"], "error": row["error"], "before": before,
+                           "started": bool(trial.config), "differs": differs, "after": after})
+    columns = ["trial", "what", *(["search"] * searched), "seed", "status", "step", metric, "train s", "differs in",
+               "device", "revision"]
+    return {"columns": columns, "numeric": [columns.index(name) for name in ("seed", "step", metric, "train s")],
+            "rows": listed}
 
 
 def _numeric(table: Table) -> list[int]:

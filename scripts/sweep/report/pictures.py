@@ -4,7 +4,7 @@ from pathlib import Path
 
 from scripts.judge import spread
 from scripts.sweep.report.folder import Folder, finite
-from scripts.sweep.report.groups import (GREY, LOSSES, Effect, Group, band, chosen, effects, final, line, rate_key)
+from scripts.sweep.report.groups import (GREY, Effect, Group, band, chosen, effects, final, rate_key)
 
 WIDTH, DPI = 7.2, 160                   # inches; 1,152 pixels
 MOST_CURVES = 8                         # with a colour and a name each; the others are grey
@@ -29,7 +29,8 @@ def draw(folder: Folder, found: Sequence[Group], out: Path) -> dict[Path, str]:
         drawn = {}
         for name, what, picture in (
                 ("curves", "Validation loss over steps", lambda: _curves(plt, found, seconds=False)),
-                ("curves_seconds", "Validation loss over seconds on the clock", lambda: _curves(plt, found, seconds=True)),
+                ("curves_seconds", "Validation loss over seconds on the clock",
+                 lambda: _curves(plt, found, seconds=True)),
                 ("final", "What each configuration reached, mean and 95% interval over seeds, a dot a seed",
                  lambda: _final(plt, folder, found)),
                 ("learning_rates", "The search: each preset's draws, the chosen one ringed",
@@ -62,17 +63,16 @@ def _curves(plt, found: Sequence[Group], seconds: bool):
                   marker="o" if len(x) <= 15 else None, ms=3)
         if drawn.low:
             axes.fill_between(x, drawn.low, drawn.high, color=group.colour, alpha=.16, lw=0, zorder=2)
-    ends = [drawn.mean[-1] for _, drawn in shown]
-    starts = [value for _, drawn in shown for step, value in zip(drawn.steps, drawn.mean)
-              if step >= .1 * drawn.steps[-1]]
-    low, high = min(ends), max(starts)
+    low = min(min(drawn.low or drawn.mean) for _, drawn in shown[:MOST_CURVES])
+    high = max(value for _, drawn in shown for step, value in zip(drawn.steps, drawn.high or drawn.mean)
+               if step >= .1 * drawn.steps[-1])                  # not the first steps, from which all fall
     axes.set(xlabel="seconds on the clock" if seconds else "step", ylabel="validation loss (nats per token)",
              ylim=(low - .06 * (high - low), high + .06 * (high - low)) if high > low else None)
     axes.set_xlim(left=0)
     handles, names = axes.get_legend_handles_labels()
     order = [names.index(group.label) for group, _ in shown if group.label in names]
     columns = 1 if max(map(len, names)) > 34 else 2 if len(names) > 5 else 1
-    axes.legend([handles[i] for i in order], [names[i] for i in order], loc="upper right", ncols=columns,
+    axes.legend([handles[i] for i in order], [names[i] for i in order], loc="best", ncols=columns,
                 title=f"best {MOST_CURVES} of {len(shown)}" if len(names) < len(shown) else None)
     return figure
 
@@ -83,12 +83,12 @@ def _final(plt, folder: Folder, found: Sequence[Group]):
              if (values := final(group, metric))][:MOST_ROWS]
     if len(shown) < 2:
         return None
-    figure, axes = plt.subplots(figsize=(WIDTH, 1 + .3 * len(shown)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, 1 + .34 * len(shown)), layout="constrained")
     for row, (group, values) in enumerate(shown):
         reached = spread(values)
         if reached.low is not None:
             axes.plot([reached.low, reached.high], [row, row], color=group.colour, lw=2.2, solid_capstyle="butt")
-        axes.plot(values, [row] * len(values), "o", color=group.colour, ms=3.5, alpha=.45, mew=0)
+        axes.plot(values, [row + .28] * len(values), "o", color=group.colour, ms=3.5, alpha=.7, mew=0)
         axes.plot([reached.mean], [row], "o", color=group.colour, ms=6.5, mec="white", mew=.8, zorder=4)
         axes.annotate(_number(reached.mean), (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
                       textcoords="offset points", va="center", size=9, color="#444444")
@@ -128,6 +128,7 @@ def _draws(plt, folder: Folder, found: Sequence[Group]):
                 axes.plot([rate], [min(mean, edge)], marker="o", ms=11, mfc="none", mec="#1a1a1a", mew=1.3, zorder=4)
         axes.set(title=next((g.label for g in found if g.base == base and not g.tuning), base.rpartition("/")[2]
                             .removesuffix(".yaml")), ylim=(low - .08 * (edge - low), edge + .03 * (edge - low)))
+        axes.tick_params(axis="y", length=0)
         rates = [group.parameters[key] for group in tried]
         if min(rates) > 0:
             axes.set_xscale("log")
@@ -139,18 +140,19 @@ def _draws(plt, folder: Folder, found: Sequence[Group]):
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Axis ends that a diverged draw does not set: three times the lower half's width above the least."""
+    """Axis ends that diverged draws do not set: above the least, at most twice as far as three quarters of them are."""
     ordered = sorted(finite(values))
-    low, middle = ordered[0], ordered[len(ordered) // 2]
-    high = min(ordered[-1], low + 3 * (middle - low)) if middle > low else ordered[-1]
+    low, most = ordered[0], ordered[3 * (len(ordered) - 1) // 4]
+    high = min(ordered[-1], low + 2 * (most - low)) if most > low else ordered[-1]
     return low, high if high > low else low + 1e-3
 
 
 def _few_ticks(axes) -> None:
-    """1, 2 and 5 of every decade, as plain numbers, where they have room."""
+    """As plain numbers, as many of a decade as have room."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 12 else (1,) if high / low > 200 else (1, 3)))
+    subs = (1, 2, 5) if high / low < 12 else (1, 3) if high / low < 200 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())

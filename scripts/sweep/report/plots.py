@@ -1,10 +1,11 @@
-"""The page's interactive figures as plotly reads them: mappings of traces and axes. Curves are put together by page.js."""
+"""The page's interactive figures as plotly reads them; of curves what page.js puts them together from."""
+import math
 from collections.abc import Sequence
 from html import escape
 
 from scripts.judge import spread
 from scripts.sweep.report.folder import Folder
-from scripts.sweep.report.groups import (DASHES, GREY, LOSSES, Band, Group, Line, band, chosen, effects, final, line,
+from scripts.sweep.report.groups import (GREY, LOSSES, Band, Group, Line, band, chosen, effects, final, line,
                                          rate_key)
 from scripts.sweep.report.pictures import NAMES, by_size, colour_of, limits, title_of
 
@@ -70,8 +71,15 @@ def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
     note = ("Every draw of the search; a black ring marks the one that runs with the reporting seeds. Double-click for "
             "all values." + (f" {lost} draws without a result are not shown." if lost else ""))
     return {"id": "learning-rates", "title": "Tuning: loss against learning rate", "note": note, "data": data,
-            "layout": {"xaxis": {"title": {"text": escape(keys)}, "type": "log" if min(rates) > 0 else "linear"},
+            "layout": {"xaxis": {"title": {"text": escape(keys)}, **(_log_axis(rates) if min(rates) > 0 else {})},
                        "yaxis": {"title": {"text": NAMES[metric]}, "range": [low - .08 * (edge - low), edge]}}}
+
+
+def _log_axis(values: Sequence[float]) -> dict:
+    """With 1, 2 and 5 of every decade as plain numbers."""
+    decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
+    ticks = [digit * 10.**decade for decade in decades for digit in (1, 2, 5)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
@@ -80,9 +88,10 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
     reached = [(group, values, spread(list(values.values()))) for group, values in reached if values]
     if len(reached) < 2:
         return None
-    means = {"type": "scatter", "mode": "markers", "name": "mean, 95% interval", "y": [escape(g.label) for g, _, _ in reached],
-             "x": _short([s.mean for _, _, s in reached]), "marker": {"size": 11, "color": [g.colour for g, _, _ in reached]},
-             "error_x": {"type": "data", "array": _short([s.high - s.mean if s.high else 0 for _, _, s in reached]),
+    means = {"type": "scatter", "mode": "markers", "name": "mean, 95% interval",
+             "x": _short([s.mean for _, _, s in reached]), "y": [escape(g.label) for g, _, _ in reached],
+             "marker": {"size": 11, "color": [g.colour for g, _, _ in reached]},
+             "error_x": {"type": "data", "array": _short([s.high - s.mean if s.high is not None else 0 for _, _, s in reached]),
                          "color": "#666666", "thickness": 1.6, "width": 5},
              "hovertemplate": "%{text}<extra></extra>",
              "text": [_hover(g.label, g.words, f"mean {s.mean:.5g}, n = {s.n}",
@@ -94,8 +103,10 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
             "marker": {"size": 6, "symbol": "line-ns-open", "color": [g.colour for g, _, _ in seeds]},
             "text": [_hover(g.label, g.words, f"seed {seed}: {value:.6g}") for g, seed, value in seeds]}
     return {"id": "final", "title": "What each reached", "note": "Mean and 95% interval (Student's t) over the reported "
-            "seeds; a stroke is a seed.", "data": [dots, means], "height": 130 + 30 * len(reached),
-            "layout": {"xaxis": {"title": {"text": NAMES[metric]}}, "yaxis": {"autorange": "reversed", "automargin": True}}}
+            "seeds; a stroke is a seed.", "data": [dots, means],
+            "height": 130 + 30 * len(reached),
+            "layout": {"showlegend": False, "xaxis": {"title": {"text": NAMES[metric]}},
+                       "yaxis": {"autorange": "reversed", "automargin": True}}}
 
 
 def _effects(folder: Folder, found: Sequence[Group]) -> list[dict]:
@@ -106,8 +117,8 @@ def _effects(folder: Folder, found: Sequence[Group]) -> list[dict]:
         trace = {"type": "scatter", "mode": "markers", "x": _short([e.mean for e in several]), "showlegend": False,
                  "y": [escape(e.change) for e in several], "hovertemplate": "%{text}<extra></extra>",
                  "marker": {"size": 11, "color": [colour_of(e) for e in several]},
-                 "error_x": {"type": "data", "array": _short([e.high - e.mean if e.high is not None else 0 for e in several]),
-                             "color": GREY, "thickness": 1.6, "width": 5},
+                 "error_x": {"type": "data", "color": GREY, "thickness": 1.6, "width": 5,
+                             "array": _short([e.high - e.mean if e.high is not None else 0 for e in several])},
                  "text": [_hover(e.change, family, f"{e.mean:+.5f}, {e.n} seeds", f"95%: {e.low:+.5f} to {e.high:+.5f}"
                                  if e.low is not None else "no interval") for e in several]}
         figures.append({
