@@ -39,17 +39,12 @@ def main(arguments: list[str]) -> int:
 
 def report(cfg, rules: list[str], rounds: int, device) -> None:
     """Print the table, a rule as soon as it is measured."""
-    from scripts.bench.interleave import seconds
-    from scripts.bench.training import TrainingStep
+    import torch
+
+    from scripts.bench.training import TrainingStep, make_optimizer
     from scripts.optimizers import hidden_rule
     step = TrainingStep(cfg, device)
-    if device.type == "cpu":
-        step.micro_rows = min(step.micro_rows, -(-ENOUGH_TOKENS // cfg.seq_len))
-    step.settle(1)
-    batch = step.batch()[:1]
-    timed = batch[0][0].numel()
-    passes_s = statistics.median(seconds(lambda: step.backward(batch), 1, device) for _ in range(rounds))
-    passes_s *= cfg.batch_tokens / timed
+    passes_s, timed = forward_backward_s(step, rounds)
     print(header(device, f"median of {rounds} steps"))
     print(f"forward and backward of {cfg.name}: {1e3 * passes_s:,.2f} ms a step of {cfg.batch_tokens:,} tokens"
           + (f" ({timed:,} timed)" if timed < cfg.batch_tokens else ""))
@@ -57,19 +52,33 @@ def report(cfg, rules: list[str], rounds: int, device) -> None:
     for name in rules:
         groups = tuple(group if group.name != "hidden" or group.rule == name else
                        replace(group, rule=name, hyper=hidden_rule(name), scheduled={}) for group in cfg.optim)
-        step_s = optimizer_step_s(replace(cfg, optim=groups), step, rounds, device)
+        if step.compiled:
+            torch._dynamo.reset()                                     # else all rules share one limit of recompilations
+        step.cfg = replace(cfg, optim=groups)
+        step.optimizer = make_optimizer(step.cfg, step.model, step.compiled)
+        step_s = optimizer_step_s(step, rounds)
         print(f"{name:<14}{1e3 * step_s:12,.2f}{100 * step_s / (step_s + passes_s):26.1f} %", flush=True)
 
 
-def optimizer_step_s(cfg, step, rounds: int, device) -> float:
-    """Seconds of an optimizer step of `cfg` on the model of `step`, refreshes averaged in."""
+def forward_backward_s(step, rounds: int) -> tuple[float, int]:
+    """(seconds of a whole batch's passes, tokens that were timed: on a CPU no more than are enough); it warms up."""
+    from scripts.bench.interleave import seconds
+    cfg, device = step.cfg, step.device
+    if device.type == "cpu":
+        step.micro_rows = min(step.micro_rows, -(-ENOUGH_TOKENS // cfg.seq_len))
+    step.settle(1)
+    batch = step.batch()[:1]
+    timed = batch[0][0].numel()
+    passes_s = statistics.median(seconds(lambda: step.backward(batch), 1, device) for _ in range(rounds))
+    return passes_s * cfg.batch_tokens / timed, timed
+
+
+def optimizer_step_s(step, rounds: int) -> float:
+    """Seconds of a step of the optimizer of `step`, refreshes averaged in."""
     import torch
 
     from scripts.bench.interleave import seconds
-    from scripts.bench.training import make_optimizer
-    if step.compiled:
-        torch._dynamo.reset()                                         # else all rules share one limit of recompilations
-    optimizer, parameters = make_optimizer(cfg, step.model, step.compiled), list(step.model.parameters())
+    cfg, device, optimizer, parameters = step.cfg, step.device, step.optimizer, list(step.model.parameters())
     gradients, loss = [torch.randn_like(p) for p in parameters], torch.zeros((), device=device)
     max_logits = {attn: torch.ones(cfg.model.heads, device=device) for attn in step.model.attentions()}
 

@@ -111,11 +111,11 @@ def _start(trial: Trial, slot: Slot, attempt: int, out: Path) -> Going:
     with open(trial.folder / "output.txt", "a") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env={**os.environ, **environment}, start_new_session=True, preexec_fn=_settle(slot))
+            env={**os.environ, **environment}, start_new_session=True, preexec_fn=settle(slot))
     return Going(trial, slot, attempt, process)
 
 
-def _settle(slot: Slot) -> Callable[[], None]:
+def settle(slot: Slot) -> Callable[[], None]:
     """For the new process, before it becomes the trial: its cores, and SIGTERM should we be killed."""
     parent = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
