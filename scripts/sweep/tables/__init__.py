@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from scripts.sweep.file import Sweep
 from scripts.sweep.tables.cells import Cell, Table, markdown
+from scripts.sweep.tables.compare import compare
+from scripts.sweep.tables.ladder import ladder
 from scripts.sweep.tables.ranking import ranking
 
 __all__ = ["Cell", "Table", "markdown", "tables"]
@@ -20,4 +22,6 @@ def tables(rows: Sequence[dict], sweep: Sweep, costs: dict | None = None) -> lis
         rows: of results.jsonl.
         costs: of costs.json, by configuration; a comparison shows them.
     """
-    return [ranking(rows, sweep)]
+    if sweep.kind == "compare":
+        return compare(rows, sweep, costs)
+    return ladder(rows, sweep) if sweep.kind == "ladder" else [ranking(rows, sweep)]
