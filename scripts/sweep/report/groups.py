@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from scripts.judge import paired, spread
+from scripts.judge import spread
 from scripts.sweep.candidates import comparisons
 from scripts.sweep.candidates import label as short_name
 from scripts.sweep.file import Configuration
 from scripts.sweep.plan import configuration_id
 from scripts.sweep.report.folder import Folder, Trial, finite, is_tuning, shown
+from scripts.sweep.tables import effects as paired_effects
+from scripts.sweep.tables.cells import grouped
 
 # Okabe and Ito's colours, which the colour-blind tell apart, less their yellow, which white paper swallows.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C3E")
@@ -116,24 +118,27 @@ def band(group: Group, loss: str) -> Band | None:
 class Effect(NamedTuple):
     change: str
     family: str
+    n: int                              # pairs of seeds
     mean: float
-    low: float | None                   # of the 95% interval; None where fewer than two seeds have both
+    low: float | None                   # of the simultaneous interval, that of the tables; None where there is no test
     high: float | None
-    n: int                              # seeds that both have
+    detected: bool                      # by the tables' verdict
 
 
-def effects(folder: Folder, found: Sequence[Group]) -> list[Effect]:
-    """Of each of a ladder's comparisons that has a result, paired by seed."""
-    reached = {group.key: final(group, folder.sweep.metric) for group in found}
-    effects = []
-    for each in comparisons(folder.sweep) if folder.sweep.kind == "ladder" else ():
-        of, against = (reached.get(configuration_id(side), {}) for side in (each.of, each.against))
-        if both := sorted(of.keys() & against.keys()):
-            measured = paired(of, against)
-            mean = spread([of[seed] - against[seed] for seed in both]).mean
-            effects.append(Effect(each.change, each.family, mean, measured and measured.low, measured and measured.high,
-                                  len(both)))
-    return effects
+def effects(folder: Folder) -> list[Effect]:
+    """Of each of a ladder's comparisons that has a mean difference, in the file's order."""
+    if folder.sweep.kind != "ladder":
+        return []
+    rows, compared = grouped(folder.rows), comparisons(folder.sweep)
+    asked = [tuple(map(configuration_id, (each.of, each.against))) for each in compared]
+    m = len(set(map(frozenset, asked)))                               # a rung may ask what a change alone did
+    found = [paired_effects.effect(rows.get(of, []), rows.get(against, []), folder.sweep.metric, m, ("", ""))
+             for of, against in asked]
+    each_once = dict(zip(map(frozenset, asked), found))
+    ps = dict(zip(each_once, paired_effects.adjusted(list(each_once.values()))))
+    return [Effect(each.change, each.family, of.n, of.mean, of.test and of.test.low, of.test and of.test.high,
+                   of.test is not None and ps[frozenset(pair)] < paired_effects.ALPHA)
+            for each, pair, of in zip(compared, asked, found) if of.mean is not None]
 
 
 # ---- a search's draws
@@ -176,10 +181,10 @@ def _labels(firsts: Sequence[dict], folder: Folder) -> dict[tuple[str, bool], st
     bases = {row["base"]: PurePath(row["base"]).stem for row in firsts}
     if len(set(bases.values())) < len(bases):
         bases = {base: base for base in bases}
-    short, labels = _shortest(varying), {}
+    short, labels = _shortest([key for key in varying if key != "config"]), {}
     for row in firsts:
         key, tuning = row["configuration"], is_tuning(row, sweep)
-        own = ", ".join(f"{short[name]} {_value(row, name)}" for name in varying if name != "config" and _value(row, name))
+        own = ", ".join(f"{end} {value}" for name, end in short.items() if (value := _value(row, name)))
         if sweep.kind == "ladder":
             label = short_name(Configuration(row["base"], row["parameters"]), sweep)
         elif sweep.kind == "compare":

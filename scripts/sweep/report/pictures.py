@@ -35,8 +35,9 @@ def draw(folder: Folder, found: Sequence[Group], out: Path) -> dict[Path, str]:
                  lambda: _final(plt, folder, found)),
                 ("learning_rates", "The search: each preset's draws, the chosen one ringed",
                  lambda: _draws(plt, folder, found)),
-                ("effects", "The effect of each change, paired by seed, with 95% intervals",
-                 lambda: _effects(plt, folder, found))):
+                ("effects", "The effect of each change, paired by seed, with simultaneous 95% intervals, grey where "
+                            "none was detected",
+                 lambda: _effects(plt, folder))):
             figure = picture()
             if figure is not None:
                 path = out / f"{name}.png"
@@ -159,9 +160,9 @@ def _few_ticks(axes) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-def _effects(plt, folder: Folder, found: Sequence[Group]):
+def _effects(plt, folder: Folder):
     """A panel a family of comparisons; better is left of zero where less is better."""
-    measured = effects(folder, found)
+    measured = effects(folder)
     if not measured:
         return None
     families = {each.family: [] for each in measured}
@@ -199,10 +200,8 @@ def by_size(several: Sequence[Effect]) -> list[Effect]:
 
 
 def colour_of(each: Effect) -> str:
-    """Blue for less, orange for more; grey where the interval holds zero, or there is none."""
-    if each.low is None or each.low <= 0 <= each.high:
-        return GREY
-    return "#0072B2" if each.mean < 0 else "#D55E00"
+    """Blue for less, orange for more, grey where no effect was detected."""
+    return GREY if not each.detected else "#0072B2" if each.mean < 0 else "#D55E00"
 
 
 def _number(value: float) -> str:

@@ -38,7 +38,7 @@ def _short(values: Sequence[float]) -> list[float]:
 
 def figures(folder: Folder, found: Sequence[Group]) -> list[dict]:
     """Those beside the curves that the sweep has something for: id, title, note, data, layout."""
-    return [figure for figure in (_draws(folder, found), _final(folder, found), *_effects(folder, found)) if figure]
+    return [figure for figure in (_draws(folder, found), _final(folder, found), *_effects(folder)) if figure]
 
 
 def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
@@ -91,8 +91,8 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
     means = {"type": "scatter", "mode": "markers", "name": "mean, 95% interval",
              "x": _short([s.mean for _, _, s in reached]), "y": [escape(g.label) for g, _, _ in reached],
              "marker": {"size": 11, "color": [g.colour for g, _, _ in reached]},
-             "error_x": {"type": "data", "array": _short([s.high - s.mean if s.high is not None else 0 for _, _, s in reached]),
-                         "color": "#666666", "thickness": 1.6, "width": 5},
+             "error_x": {"type": "data", "color": "#666666", "thickness": 1.6, "width": 5,
+                         "array": _short([s.high - s.mean if s.high is not None else 0 for _, _, s in reached])},
              "hovertemplate": "%{text}<extra></extra>",
              "text": [_hover(g.label, g.words, f"mean {s.mean:.5g}, n = {s.n}",
                              f"95%: {s.low:.5g} to {s.high:.5g}" if s.low is not None else "one seed, no interval")
@@ -102,15 +102,15 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
             "x": _short([value for _, _, value in seeds]), "hovertemplate": "%{text}<extra></extra>",
             "marker": {"size": 6, "symbol": "line-ns-open", "color": [g.colour for g, _, _ in seeds]},
             "text": [_hover(g.label, g.words, f"seed {seed}: {value:.6g}") for g, seed, value in seeds]}
-    return {"id": "final", "title": "What each reached", "note": "Mean and 95% interval (Student's t) over the reported "
-            "seeds; a stroke is a seed.", "data": [dots, means],
-            "height": 130 + 30 * len(reached),
+    return {"id": "final", "title": "What each reached",
+            "note": "Mean and 95% interval (Student's t) over the reported seeds; a stroke is a seed.",
+            "data": [dots, means], "height": 130 + 30 * len(reached),
             "layout": {"showlegend": False, "xaxis": {"title": {"text": NAMES[metric]}},
                        "yaxis": {"autorange": "reversed", "automargin": True}}}
 
 
-def _effects(folder: Folder, found: Sequence[Group]) -> list[dict]:
-    measured, figures = effects(folder, found), []
+def _effects(folder: Folder) -> list[dict]:
+    measured, figures = effects(folder), []
     for family in dict.fromkeys(each.family for each in measured):
         several = [each for each in measured if each.family == family]
         several = several if family == "rung" else by_size(several)
@@ -123,8 +123,8 @@ def _effects(folder: Folder, found: Sequence[Group]) -> list[dict]:
                                  if e.low is not None else "no interval") for e in several]}
         figures.append({
             "id": f"effects-{family.replace(' ', '-')}", "title": title_of(family), "data": [trace],
-            "note": f"Differences in {NAMES[folder.sweep.metric]} over equal seeds with 95% intervals, before any "
-                    "correction for their number; grey where the interval holds zero.",
+            "note": f"Differences in {NAMES[folder.sweep.metric]} over equal seeds; the intervals of all comparisons "
+                    "together hold with 95%; grey where no effect was detected.",
             "height": 130 + 34 * len(several),
             "layout": {"xaxis": {"title": {"text": f"difference in {NAMES[folder.sweep.metric]}"}, "zeroline": True,
                                  "zerolinecolor": "#1a1a1a", "zerolinewidth": 1.5},
