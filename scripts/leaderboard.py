@@ -1,7 +1,7 @@
 """A page that ranks finished runs by their time to the target, apart for each kind of machine.
 
     python -m scripts.leaderboard                             # all of runs/ to runs/leaderboard/README.md and pictures
-    python -m scripts.leaderboard runs/race runs/reproduce --out page
+    python -m scripts.leaderboard runs/demo runs/reproduce --out page
 
 RUNS_DIR are searched for run directories at any depth. A section is one class: device, number of processes, precision,
 target and validation text; runs of two classes never meet. A row is one configuration with one code on one machine,

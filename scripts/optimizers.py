@@ -1,6 +1,6 @@
 """The table of update rules: what each is given, what it holds, how long it takes, how far it gets on the demo.
 
-    python -m scripts.optimizers [--race runs/race] [--gpt2]        prints Markdown; README's table is made by it
+    python -m scripts.optimizers [--losses runs/sweeps/demo_rules] [--gpt2]        prints the Markdown of docs/optimizers.md
 
 Times are of the hidden matrices alone (attention and MLP weights), refreshes of bases averaged in: of all of the demo's
 matrices together; with --gpt2 also for GPT-2 124M, where one matrix of each shape is timed and counted as often as
@@ -88,14 +88,17 @@ def applied_to(name: str) -> str:
     return "all" if len(groups) > 1 else "hidden" if groups else "none"
 
 
-def raced(folder: Path) -> dict[str, dict]:
-    """Rule -> summary.json of its newest finished run in the race's folder."""
-    found = {}
-    for path in sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime):
-        summary = json.loads(path.read_text())
-        if summary["status"] == "finished":
-            found[path.parent.name.split("-")[0]] = summary
-    return found
+def losses(sweep: Path) -> dict[str, float]:
+    """Rule -> the mean of the final losses of its preset, as it is, over the finished trials in a sweep's folder."""
+    try:
+        rows = [json.loads(line) for line in (sweep / "results.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return {}
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["status"] == "finished" and not row["parameters"]:
+            found.setdefault(Path(row["base"]).stem, []).append(row["val_loss"])
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def source_of(name: str) -> str:
@@ -106,11 +109,12 @@ def source_of(name: str) -> str:
 
 def main() -> int:
     parser = Parser("python -m scripts.optimizers", __doc__)
-    parser.add_argument("--race", type=Path, default=Path("runs/race"), help="where scripts.race left its runs")
+    parser.add_argument("--losses", type=Path, default=Path("runs/sweeps/demo_rules"), metavar="DIR",
+                        help="the folder of configs/sweeps/demo_rules.yaml; without it their column is empty")
     parser.add_argument("--gpt2", action="store_true", help="time GPT-2 124M's matrices too (minutes on a CPU)")
     parser.add_argument("rules", nargs="*", help="default: every rule")
     args = parser.parse_args()
-    device, results = processes.start().device, raced(args.race)
+    device, results = processes.start().device, losses(args.losses)
     print("| rule | for | state, bytes a parameter (formula) | ms, demo |" + (" ms, GPT-2 124M |" if args.gpt2 else "")
           + " demo's loss | factor on lr | source |\n|-|-|-|-|-|-|-|" + ("-|" if args.gpt2 else ""))
     for name in args.rules or sorted(RULES):
@@ -120,7 +124,7 @@ def main() -> int:
                  f"{sum(milliseconds(rule, *shape, device, 10) for shape in DEMO):.1f}"]
         if args.gpt2:
             cells.append(f"{sum(n * milliseconds(rule, 1, *shape, device, 2) for n, *shape in GPT2):,.0f}")
-        loss = f"{results[name]['val_loss']:.3f}" if name in results else "–"
+        loss = f"{results[name]:.3f}" if name in results else "–"
         print("| " + " | ".join([*cells, loss, SCALES[name], source_of(name)]) + " |", flush=True)
     print(f"\n{processes.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{time.strftime('%Y-%m-%d')}")
