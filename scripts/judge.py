@@ -173,7 +173,7 @@ def more_welch(values: Sequence[float], others: Sequence[float]) -> int | None:
 
 
 def more_paired(n: int, sd: float, effect: float, alpha: float) -> int | None:
-    """Further pairs of seeds until a mean difference of `effect` is detected with a power of 0.8; None: of no effect."""
+    """Further pairs of seeds until a mean difference of `effect` is detected with a power of 0.8; None: never."""
     if not sd or not effect:
         return None
     return _first(lambda more: power_paired(n + more, abs(effect) / sd, alpha) >= POWER)

@@ -118,3 +118,78 @@ def test_no_number_of_runs_passes_where_the_mean_is_not_below_the_target():
     assert judge.more_below(losses, 3.28) is judge.more_score(losses, 3.28) is None
     assert judge.more_welch([1.0, 3.0], [0.0, 4.0]) is None
     assert judge.more_below([3.27, 3.271, 3.272], 3.28) == 0 == judge.more_score([3.27], 3.28)
+
+
+# ---- many comparisons at once
+
+def holm_by_definition(ps: list[float], alpha: float) -> list[bool]:
+    """Holm's procedure as he words it: the smallest against alpha/m, the next against alpha/(m - 1), until one fails."""
+    rejected, left = [False] * len(ps), sorted(range(len(ps)), key=lambda i: ps[i])
+    while left and ps[left[0]] <= alpha / len(left):
+        rejected[left.pop(0)] = True
+    return rejected
+
+
+def test_holm_rejects_at_every_level_what_his_procedure_does():
+    """p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") of R is 0.03, 0.06, 0.06, 0.02."""
+    assert judge.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert judge.holm([]) == [] and judge.holm([0.3]) == [0.3] and judge.holm([0.6, 0.6]) == [1.0, 1.0]
+    rng = random.Random(0)
+    for _ in range(200):
+        ps = [rng.choice([rng.random() ** 4, 0.01]) for _ in range(rng.randint(1, 8))]
+        for alpha in (0.001, 0.01, 0.05, 0.2):
+            assert [p <= alpha + 1e-12 for p in judge.holm(ps)] == holm_by_definition(ps, alpha + 1e-12), (ps, alpha)
+
+
+def test_intervals_of_many_comparisons_hold_together_as_often_as_they_say():
+    """Of 6 sets of 4 pairs without a true difference, all intervals hold 0 in 95 of 100 draws; t is 6.232 in tables."""
+    rng, draws, together = random.Random(0), 300, 0
+    zeros = dict.fromkeys(range(4), 0.0)
+    for _ in range(draws):
+        sets = [{seed: rng.gauss(0, 0.01) for seed in zeros} for _ in range(6)]
+        found = [judge.paired(each, zeros, 1 - 0.05 / 6) for each in sets]
+        together += all(each.low <= 0 <= each.high for each in found)
+    assert together / draws == pytest.approx((1 - 0.05 / 6) ** 6, abs=4 * math.sqrt(0.95 * 0.05 / draws))
+    assert (found[0].high - found[0].low) / judge.spread(list(sets[0].values())).sd == pytest.approx(6.232, abs=1e-3)
+
+
+@pytest.mark.parametrize("effect, n", [(0.5, 34), (0.8, 15), (0.2, 199)])
+def test_the_pairs_needed_are_those_that_g_power_gives(effect, n):
+    """Means: difference between two dependent means, two tails, alpha 0.05, power 0.8: 34, 15 and 199 pairs."""
+    assert judge.power_paired(n, effect, 0.05) >= judge.POWER > judge.power_paired(n - 1, effect, 0.05)
+    assert judge.more_paired(5, 0.01, -0.01 * effect, 0.05) == n - 5
+    assert judge.detectable(n, 1.0, 0.05) <= effect < judge.detectable(n - 1, 1.0, 0.05)
+    assert judge.more_paired(5, 0.01, 0.0, 0.05) is None is judge.more_paired(5, 0.0, 0.1, 0.05)
+
+
+@pytest.mark.parametrize("n, alpha", [(34, 0.05), (3, 0.05), (2, 0.05 / 40), (5, 0.05 / 13)])
+def test_power_is_that_of_a_shifted_normal_over_an_independent_chi(n, alpha):
+    """The definition of noncentral t, integrated; G*Power has 0.8077775 for 34 pairs, both tails, the first case."""
+    from scipy import integrate, stats
+    effect = 0.5 if n == 34 else judge.detectable(n, 1.0, alpha)
+    shift, bound = effect * math.sqrt(n), float(stats.t.ppf(1 - alpha / 2, n - 1))
+
+    def beyond(u: float) -> float:
+        scaled = bound * math.sqrt(stats.chi2.ppf(u, n - 1) / (n - 1))
+        return stats.norm.cdf(shift - scaled) + stats.norm.cdf(-shift - scaled)
+    power = integrate.quad(beyond, 0, 1, limit=200)[0]
+    assert judge.power_paired(n, effect, alpha) == pytest.approx(power, abs=1e-6)
+    assert power == pytest.approx(0.8077775 if n == 34 else 0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize("n, m", [(2, 1), (3, 6), (5, 13), (20, 3)])
+def test_the_smallest_detectable_effect_is_found_in_eight_of_ten_experiments(n, m):
+    import numpy as np
+    from scipy import stats
+    sd, alpha = 0.003, 0.05 / m
+    effect = judge.detectable(n, sd, alpha)
+    draws = np.random.default_rng(n).normal(effect, sd, size=(20_000, n))
+    found = stats.ttest_1samp(draws, 0.0, axis=1).pvalue < alpha
+    assert found.mean() == pytest.approx(0.8, abs=4 * math.sqrt(0.8 * 0.2 / 20_000))
+    assert judge.detectable(n, 2 * sd, alpha) == pytest.approx(2 * effect)
+    by_normal = (stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(0.8)) * sd / math.sqrt(n)
+    assert effect > by_normal * (1.05 if n > 5 else 1.4)        # by the normal distribution it would look smaller
+
+
+def test_pairs_that_differ_by_the_same_but_for_rounding_have_no_test():
+    assert judge.paired({0: 3.1, 1: 3.2, 2: 3.3}, {0: 3.0, 1: 3.1, 2: 3.2}) is None

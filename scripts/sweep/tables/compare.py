@@ -110,8 +110,8 @@ def _tuning(tuning: dict, best: dict, tuned: list[str], sweep: Sweep) -> Table:
                           seeds(group, planned), mean(finished(group), sweep.metric), Cell(missing(group)),
                           Cell("chosen", "chosen") if taken else Cell("")])
     head = ["preset", *tuned, "seeds", sweep.metric, "not finished", "chosen"]
-    notes = [f"Ranked by {sweep.metric} over the tuning seed{'s' * (planned > 1)} {listed(sweep.tuning_seeds)}. The best "
-             "of several is lucky there: compare presets by their results."]
+    notes = [f"Ranked by {sweep.metric} over the tuning seed{'s' * (planned > 1)} {listed(sweep.tuning_seeds)}. The "
+             "best of several is lucky there: compare presets by their results."]
     return made("Tuning", head, lines, notes, head[:1])
 
 

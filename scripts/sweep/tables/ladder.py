@@ -83,6 +83,6 @@ def _configurations(found: Sequence[Comparison], groups: dict, sweep: Sweep) -> 
         lines.append([Cell(name, name), seeds(group, planned), *results[:1], interval(done, sweep.metric), *results[1:],
                       Cell(missing(group, sweep.seeds))])
     head = ["configuration", "seeds", *columns[:1], "95% interval", *columns[1:], "not finished"]
-    notes = ["Mean ± standard deviation over seeds. An interval is of one mean alone; the differences above are paired "
-             "by seed."]
+    notes = ["Mean ± standard deviation over seeds. An interval is of one mean alone; the differences above are "
+             "paired by seed."]
     return made("Configurations", head, lines, notes, head[:2])
