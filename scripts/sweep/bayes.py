@@ -3,8 +3,9 @@
 Every preset has a study of its own, with `budget` configurations. The study sees a parameter by its quantile, so that
 whatever distribution was declared is its prior; the first STARTUP configurations are those of a random search. One that
 did not end with a finite result counts as the worst that did, as wandb has it; running ones count as bad guesses, so
-that several at once differ (`constant_liar`); pruned ones rank behind all that ended, by their last loss. search.jsonl, a line a configuration, is the memory of a sweep that
-continues. Source: Bergstra et al. 2011, Algorithms for Hyper-Parameter Optimization, section 4; optuna.samplers.
+that several at once differ (`constant_liar`); pruned ones rank behind all that ended, by their last loss. search.jsonl,
+a line a configuration, is the memory of a sweep that continues. Source: Bergstra et al. 2011, Algorithms for
+Hyper-Parameter Optimization, section 4; optuna.samplers.TPESampler.
 """
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Successive halving: trials of a search that fall behind are ended early, by Optuna's asynchronous form of it.
 
-A trial that comes to a bracket (brackets.py) goes on if its loss there is among the best 1/eta of the losses of all that
-came to it so far, of the same preset; with fewer than eta of them, if it is the best. Trials of the first seed decide,
+A trial that comes to a bracket (brackets.py) goes on if its loss there is among the best 1/eta of those that came to it
+so far, of the same preset; with fewer than eta of them, if it is the best. Trials of the search's first seed decide,
 and a configuration that is ended there does not run with the others, so that at least one of a preset runs with all.
 One that is ended saves, has the status pruned, and a file pruned.json that says where it was. The reported seeds of a
 comparison are never ended. A sweep that continues compares with all that its logs hold, and decides nothing again.
