@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, driven over WebDriver (https://www.w3.org/TR/webdriver2/), without network."""
+"""A headless Chromium without network for tests of pages, driven over WebDriver (https://www.w3.org/TR/webdriver2/)."""
 import base64
 import json
 import shutil

@@ -103,7 +103,7 @@ def _final(plt, folder: Folder, found: Sequence[Group]):
 def _draws(plt, folder: Folder, found: Sequence[Group]):
     """A panel a preset, rates on a logarithmic axis; losses far above the others' at the upper edge."""
     metric = folder.sweep.metric
-    panels = [(base, key, [group for group in found if group.tuning and group.base == base])
+    panels = [(base, key, [each for each in found if each.tuning and each.base == base and key in each.parameters])
               for base in folder.sweep.bases if (key := rate_key(folder, base))]
     panels = [panel for panel in panels if panel[2]]
     values = [value for _, _, tried in panels for group in tried for value in final(group, metric).values()]

@@ -44,7 +44,7 @@ def figures(folder: Folder, found: Sequence[Group]) -> list[dict]:
 def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
     metric, best = folder.sweep.metric, chosen(found)
     tuning = [(group, key, final(group, metric)) for group in found if group.tuning
-              if (key := rate_key(folder, group.base))]
+              if (key := rate_key(folder, group.base)) in group.parameters]
     if not any(reached for _, _, reached in tuning):
         return None
     low, edge = limits([value for _, _, reached in tuning for value in reached.values()])
@@ -69,7 +69,8 @@ def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
     keys = " or ".join(dict.fromkeys(key for _, key, _ in tuning))
     lost = sum(not reached for _, _, reached in tuning)
     note = ("Every draw of the search; a black ring marks the one that runs with the reporting seeds. Double-click for "
-            "all values." + (f" {lost} draws without a result are not shown." if lost else ""))
+            "all values."
+            + (f" {lost} draw{'s' * (lost > 1)} without a result {'are' if lost > 1 else 'is'} not shown." if lost else ""))
     return {"id": "learning-rates", "title": "Tuning: loss against learning rate", "note": note, "data": data,
             "layout": {"xaxis": {"title": {"text": escape(keys)}, **(_log_axis(rates) if min(rates) > 0 else {})},
                        "yaxis": {"title": {"text": NAMES[metric]}, "range": [low - .08 * (edge - low), edge]}}}
