@@ -25,8 +25,8 @@ def one_device():
     return processes.start().device
 
 
-def header(device, *more: str) -> str:
-    """What produced the numbers below it: device, threads, versions, date, `more`; then the command."""
+def machine(device) -> str:
+    """Device, threads and versions, in words."""
     import torch
 
     from harness import processes
@@ -35,6 +35,11 @@ def header(device, *more: str) -> str:
     except PackageNotFoundError:
         triton = []
     threads = torch.get_num_threads()
-    words = [processes.device_name(device), f"{threads} thread{'s' * (threads > 1)}", f"torch {torch.__version__}",
-             *triton, time.strftime("%Y-%m-%d"), *more]
-    return f"{', '.join(words)}\npython -m scripts.bench {shlex.join(sys.argv[1:])}"
+    return ", ".join([processes.device_name(device), f"{threads} thread{'s' * (threads > 1)}",
+                      f"torch {torch.__version__}", *triton])
+
+
+def header(device, *more: str) -> str:
+    """What produced the numbers below it: the machine, date, `more`; then the command."""
+    words = ", ".join([machine(device), time.strftime("%Y-%m-%d"), *more])
+    return f"{words}\npython -m scripts.bench {shlex.join(sys.argv[1:])}"

@@ -12,6 +12,8 @@ on it. Goes to costs.json there: per configuration (`configuration` of results.j
     state_bytes      what all rules keep beside the weights, without their average
     peak_bytes       most memory that tensors had in a step, on a GPU; null on a CPU
     rounds           turns, of which the median counts
+
+They are those of one process, also where a trial had several GPUs.
 """
 import gc
 import json
@@ -27,7 +29,7 @@ from typing import NamedTuple
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")         # as train.py does, and before torch is loaded
 
 from data.arguments import Parser
-from harness.rundir import PROJECT, write_text
+from harness.rundir import write_text
 from harness.yaml_tree import ConfigError
 from scripts.sweep.pack import Slot
 
@@ -77,7 +79,7 @@ def measure_in(slot: Slot, out: Path) -> str | None:
     """Measure in a process that has of the machine what a trial had; why that failed, or None. Trials must be over."""
     from scripts.sweep.run import settle
     one = slot._replace(gpus=slot.gpus[:1])
-    done = subprocess.run([sys.executable, "-m", "scripts.sweep.costs", str(out.resolve())], cwd=PROJECT,
+    done = subprocess.run([sys.executable, "-m", "scripts.sweep.costs", str(out)],
                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, **one.environment(out)}, preexec_fn=settle(one))
     if done.returncode == 0:
@@ -97,14 +99,14 @@ def measure(configs: dict, rounds: int = ROUNDS, steps: int = STEPS) -> dict:
     import torch
 
     from scripts.bench.interleave import interleave
-    from scripts.bench.report import header, one_device
+    from scripts.bench.report import machine, one_device
     device = one_device()
     turns = interleave([lambda config=config: _turn(config, device, steps) for config in configs.values()], rounds)
     costs = {key: dict(optimizer_ms=round(1e3 * statistics.median(turn.optimizer_s for turn in of), 3),
                        step_ms=round(1e3 * statistics.median(turn.step_s for turn in of), 3),
                        state_bytes=of[0].state_bytes, peak_bytes=of[0].peak_bytes, rounds=rounds)
              for key, of in zip(configs, turns)}
-    return costs | dict(machine=header(device).splitlines()[0], threads=torch.get_num_threads(),
+    return costs | dict(machine=machine(device), threads=torch.get_num_threads(),
                         torch=torch.__version__, date=time.strftime("%Y-%m-%d"), processes=1,
                         command=shlex.join(["python", "-m", "scripts.sweep.costs", *sys.argv[1:]]))
 
@@ -143,7 +145,7 @@ def main(argv: list[str]) -> int:
         cost = costs[key]
         print(f"{key}  optimizer {cost['optimizer_ms']:,.2f} ms of a step's {cost['step_ms']:,.2f} ms, state "
               f"{cost['state_bytes'] / 2**20:,.2f} MiB  ({path})")
-    print(f"{costs['machine']}; of one process  ({out / 'costs.json'})")
+    print(f"{costs['machine']}, {costs['date']}; of one process, however many a trial had  ({out / 'costs.json'})")
     return 0
 
 
