@@ -123,7 +123,7 @@ def test_no_number_of_runs_passes_where_the_mean_is_not_below_the_target():
 # ---- many comparisons at once
 
 def holm_by_definition(ps: list[float], alpha: float) -> list[bool]:
-    """Holm's procedure as he words it: the smallest against alpha/m, the next against alpha/(m - 1), until one fails."""
+    """His procedure: the smallest against alpha/m, the next against alpha/(m - 1), and so on until one fails."""
     rejected, left = [False] * len(ps), sorted(range(len(ps)), key=lambda i: ps[i])
     while left and ps[left[0]] <= alpha / len(left):
         rejected[left.pop(0)] = True
