@@ -135,8 +135,8 @@ def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:
         raise ConfigError(f"metric {sweep.metric}, but there is no target_val_loss; set it, or rank by val/loss")
     validations = len(config.validation_steps() - {0})
     if sweep.early_terminate and not brackets(sweep.early_terminate, validations):
-        raise ConfigError(f"early_terminate: a trial has {validations} validations, none of them at a bracket before its end; "
-                          "lower min_iter or max_iter, validate more often (val_every), or remove it")
+        raise ConfigError(f"early_terminate: no bracket is before the last of {validations} validations; lower "
+                          "min_iter or max_iter, validate more often (val_every), or remove it")
     with torch.device("meta"):
         sketch = GPT(config.model, config.seq_len)
     preflight.check(config, sketch)
