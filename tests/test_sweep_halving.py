@@ -163,7 +163,7 @@ def test_a_hopeless_rate_is_ended_early_and_stays_so_while_others_run_to_their_e
     assert json.loads((out / bad["run"] / "summary.json").read_text())["status"] == "stopped"   # it saved
     assert said.count(": pruned") == 1
 
-    assert entry([str(path), "--out", str(out), "--jobs", "1"]) == 0
+    assert entry([str(path), "--out", str(out), "--jobs", "1"]) == 0, capsys.readouterr()
     said = capsys.readouterr().out
     assert "3 trials of 2 configurations, 3 done already" in said and "started" not in said
 
