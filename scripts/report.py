@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture, .png, .svg or .pdf; default: report.png "
                         "in the first run's directory, or here for a log")
     args = parser.parse_args(argv)
-    if args.runs[0].suffix in (".yaml", ".yml") or (args.runs[0] / "results.jsonl").exists():
+    if args.runs[0].suffix in (".yaml", ".yml") or any((args.runs[0] / name).exists()
+                                                       for name in ("sweep.yaml", "results.jsonl")):
         return report_sweep(args)
     out = args.out or (args.runs[0] if args.runs[0].is_dir() else Path()) / "report.png"
     try:

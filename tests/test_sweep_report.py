@@ -85,8 +85,8 @@ def odd(tmp_path):
     out = by_hand(tmp_path / "odd", text, [
         (of[0], 0, "finished", {0: 11., 10: 10.5, 20: 10.25}), (of[0], 1, "finished", {0: 11., 10: 9.5, 20: 9.5}),
         (of[1], 0, "not_finite", {0: 11., 10: math.nan}), (of[1], 1, "crashed", {}),
-        (of[2], 0, "pruned", {0: 11., 10: 10.75}), (of[2], 1, "running", {0: 11., 10: 3.}),
-        (of[3], 0, "finished", {0: 11., 10: 8., 20: 2.}), (of[3], 1, "waiting", {})],
+        (of[2], 0, "pruned", {0: 11., 10: 11., 15: 10.75}), (of[2], 1, "running", {0: 11., 10: 3.}),
+        (of[3], 0, "finished", {0: 11., 10: 8., 20: 2.}), (of[3], 1, "stopped", {0: 11., 10: 8.})],
         device=["A", "B"], git_revision=["f" * 40, "e" * 40])
     with open(out / "trials" / f"{5:016x}" / "run" / "log.jsonl", "a") as log:
         log.write('{"step": 15, "train_')
@@ -193,9 +193,10 @@ def test_long_training_curves_are_averaged_over_neighbours(tmp_path):
 def test_an_unfinished_sweep_says_what_is_missing_and_what_does_not_compare(odd):
     write(odd)
     said = (odd / "report.md").read_text()
-    for each in ("1 of 8 trials is running", "1 of 8 trials is waiting",
-                 "1 of 8 trials ended without a result: crashed", "1 of 8 trials ended without a result: not finite", "Warning: mixed device: A, B; seconds do not",
-                 "Warning: mixed git revision: ", "5 of 8 trials ran with uncommitted changes"):
+    for each in ("1 of 8 trials is running", "1 of 8 trials is stopped",
+                 "1 of 8 trials ended without a result: crashed", "1 of 8 trials ended without a result: not finite",
+                 "Warning: mixed device: A, B; seconds do not", "Warning: mixed git revision: ",
+                 "6 of 8 trials ran with uncommitted changes"):
         assert each in said, each
 
 
@@ -217,7 +218,7 @@ def test_a_comparison_shows_its_draws_and_reports_other_seeds(race):
     page = (race / "report.html").read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
     draws = next(figure for figure in data["figures"] if figure["id"] == "learning-rates")
-    assert draws["layout"]["xaxis"]["type"] == "log" and "1 draw without a result is not shown" in draws["note"]
+    assert draws["layout"]["xaxis"]["type"] == "log" and "Not shown: 1 draw without a result." in draws["note"]
     (adamw,) = draws["data"]
     assert adamw["x"] == [.01, .05] and adamw["y"] == [2.5, 2.75] and adamw["marker"]["line"]["width"] == [3, 0]
     said = (race / "report.md").read_text()
@@ -312,14 +313,14 @@ def test_a_click_or_a_key_sorts_a_table_by_numbers_and_back(browser, odd):
     column = f"return {rows}.map(row => row.cells[5].innerText)"
     head = "#trials th:nth-child(6) button"
     browser.click(head)
-    ordered = ["2.0000", "3.0000", "9.5000", "10.2500", "10.7500"]
-    assert browser.run(column)[:5] == ordered and sorted(browser.run(column)[5:]) == ["", "", "nan"]
+    ordered = ["2.0000", "3.0000", "8.0000", "9.5000", "10.2500", "10.7500"]
+    assert browser.run(column)[:6] == ordered and sorted(browser.run(column)[6:]) == ["", "nan"]
     browser.click(head)
-    assert browser.run(column)[:5] == ordered[::-1] and sorted(browser.run(column)[5:]) == ["", "", "nan"]
+    assert browser.run(column)[:6] == ordered[::-1] and sorted(browser.run(column)[6:]) == ["", "nan"]
     assert browser.run("return document.querySelector('#trials [aria-sort]').innerText.trim()") == "val_loss"
     browser.keys("#trials th:nth-child(4) button", "\ue007")                     # Enter
     assert browser.run(column.replace("5", "3")) == ["crashed", *["finished"] * 3, "not finite", "pruned", "running",
-                                                     "waiting"]
+                                                     "stopped"]
     browser.keys("#filter", "not finite")
     assert browser.run(f"return {rows}.filter(row => !row.hidden).map(row => row.cells[3].innerText)") == ["not finite"]
 
@@ -356,6 +357,7 @@ def test_the_figures_of_a_kind_are_drawn(browser, kind, figures, request):
     (("there", "--out", "r.png"), "there is a sweep: report one at a time"),
     (("configs/sweeps/nothing.yaml",), "nothing: no such folder; run the sweep first"),
     (("bare",), "bare: no sweep.yaml in it, so no sweep's folder"),
+    (("early",), "early: no results.jsonl in it"),
     (("torn",), "results.jsonl:1: no JSON; the sweep's command writes it anew"),
     (("empty",), "results.jsonl: no trials in it"),
 ])
@@ -366,6 +368,7 @@ def test_what_has_no_report_is_refused_in_a_line(arguments, message, tmp_path, m
         (tmp_path / name / "results.jsonl").write_text(rows)
         if name != "bare":
             (tmp_path / name / "sweep.yaml").write_text("method: grid\nbase: x\nparameters: {a: {value: 1}}\n")
+    shutil.copytree(tmp_path / "there", tmp_path / "early", ignore=lambda *_: ["results.jsonl"])
     assert report.main(list(arguments)) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and message in said.err and not list(tmp_path.rglob("report*"))

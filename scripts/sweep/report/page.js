@@ -59,11 +59,11 @@ function traces() {
   return found;
 }
 
-// Losses after the first tenth of the run, from whose start all fall; undefined where that leaves nothing.
+// Losses after the first fifth of the run, from whose start all fall; undefined where that leaves nothing.
 function later(drawn) {
   const end = Math.max(...drawn.map(trace => trace.x.at(-1)).filter(Number.isFinite));
   const losses = drawn.filter(trace => trace.meta !== "band")
-    .flatMap(trace => trace.y.filter((_, i) => trace.x[i] >= .1 * end));
+    .flatMap(trace => trace.y.filter((_, i) => trace.x[i] >= .2 * end));
   const low = losses.reduce((a, b) => Math.min(a, b), Infinity);
   const high = losses.reduce((a, b) => Math.max(a, b), -Infinity);
   return high > low ? [low - .08 * (high - low), high + .05 * (high - low)].map(y => Math.max(y, low / 2)) : undefined;

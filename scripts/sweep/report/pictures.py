@@ -66,7 +66,7 @@ def _curves(plt, found: Sequence[Group], seconds: bool):
             axes.fill_between(x, drawn.low, drawn.high, color=group.colour, alpha=.16, lw=0, zorder=2)
     low = min(min(drawn.low or drawn.mean) for _, drawn in shown[:MOST_CURVES])
     high = max(value for _, drawn in shown for step, value in zip(drawn.steps, drawn.high or drawn.mean)
-               if step >= .1 * drawn.steps[-1])                  # not the first steps, from which all fall
+               if step >= .2 * drawn.steps[-1])                  # not the first steps, from which all fall
     axes.set(xlabel="seconds on the clock" if seconds else "step", ylabel="validation loss (nats per token)",
              ylim=(low - .06 * (high - low), high + .06 * (high - low)) if high > low else None)
     axes.set_xlim(left=0)

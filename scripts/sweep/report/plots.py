@@ -60,7 +60,7 @@ def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
         data.append({
             "type": "scatter", "mode": "markers", "name": escape(name), "x": [g.parameters[k] for g, k, _ in mine],
             "y": _short(means), "hovertemplate": "%{text}<extra></extra>", "marker": {
-                "color": mine[0][0].colour, "size": [14 if ring else 9 for ring in ringed], "symbol": number % 8,
+                "opacity": 1, "color": mine[0][0].colour, "size": [14 if ring else 9 for ring in ringed], "symbol": number % 8,
                 "line": {"width": [3 if ring else 0 for ring in ringed], "color": "#1a1a1a"}},
             "text": [_hover(name + (" (chosen)" if ring else ""), group.words, f"{NAMES[metric]}: {mean:.4f}",
                             f"{len(reached)} tuning seed{'s' * (len(reached) > 1)}")
@@ -69,11 +69,10 @@ def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
     keys = " or ".join(dict.fromkeys(key for _, key, _ in tuning))
     lost = sum(not reached for _, _, reached in tuning)
     note = ("Every draw of the search; a black ring marks the one that runs with the reporting seeds. Double-click for "
-            "all values."
-            + (f" {lost} draw{'s' * (lost > 1)} without a result {'are' if lost > 1 else 'is'} not shown." if lost else ""))
+            "all values." + (f" Not shown: {lost} draw{'s' * (lost > 1)} without a result." if lost else ""))
     return {"id": "learning-rates", "title": "Tuning: loss against learning rate", "note": note, "data": data,
             "layout": {"xaxis": {"title": {"text": escape(keys)}, **(_log_axis(rates) if min(rates) > 0 else {})},
-                       "yaxis": {"title": {"text": NAMES[metric]}, "range": [low - .08 * (edge - low), edge]}}}
+                       "yaxis": {"title": {"text": NAMES[metric]}, "range": [low - .08 * (edge - low), edge + .03 * (edge - low)]}}}
 
 
 def _log_axis(values: Sequence[float]) -> dict:
