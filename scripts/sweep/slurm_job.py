@@ -1,0 +1,158 @@
+"""A trial on the nodes of its Slurm job: one of these on each node, started by srun, with train.py as its child.
+
+What asks a job to stop, and what the trainer hears of it (it finishes its step, saves, and exits with 75):
+
+    the time limit is near     Slurm sends SIGUSR2      -> SIGUSR1
+    scontrol requeue, scancel, preemption               -> SIGTERM, which Slurm sends to the trainer, too
+    somebody signals the trainer itself
+
+After each of them the job requeues itself, unless Slurm is ending or has requeued it already, and continues by
+`--resume auto` when it starts again.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import DelayedSubmission
+
+from harness.processes import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_REQUEUE
+from harness.rundir import PROJECT, ResumeError, hold, state_of, write_text
+from scripts.sweep.pack import Slot
+from scripts.sweep.plan import Trial
+from scripts.sweep.results import FINAL, run_of, status_of
+
+IDLE_STARTS = 3                         # as often a job may stop without a further checkpoint before it gives up
+FIRST_PORT, PORTS = 12000, 20000        # of rendezvous: below Linux's own choices, which begin at 32768
+PREEMPT = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
+
+
+@dataclass
+class Job:
+    trial: Trial
+    config: Path
+    gpus: int                           # processes on each node
+    attempt: int
+    saved: int = -1                     # the newest checkpoint's step when it stopped last
+    idle: int = 0                       # stops since with no newer one
+
+    def __call__(self) -> None:
+        self.process, self.stopping = None, False
+        requeue = signal.getsignal(PREEMPT)                           # submitit's: checkpoint() below, scontrol requeue
+        for number in (PREEMPT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        if status_of(self.trial) in FINAL:                            # the node failed after the trial's end, say
+            return
+        summary = self._summary_written()
+        code = self._train(submitit.JobEnvironment())
+        if submitit.JobEnvironment().global_rank:                     # the first node's judges
+            return
+        if status_of(self.trial) in FINAL:
+            return
+        stopped = code == EXIT_REQUEUE or (self._summary_written() != summary             # torchrun's is 1
+                                           and state_of(run_of(self.trial)) == "stopped")
+        if not (stopped or self.stopping):
+            self._fail(code)
+        elif _is_running():
+            requeue(PREEMPT, None)                                    # does not return
+
+    def checkpoint(self) -> DelayedSubmission | None:
+        """What the job does at its next start; None, and a failure.json, where starting again leads nowhere."""
+        saved = max((int(path.stem[5:]) for path in self.trial.folder.glob("*/checkpoints/step_*.pt")), default=-1)
+        idle = 0 if saved > self.saved else self.idle + 1
+        if idle >= IDLE_STARTS:
+            error = f"stopped {idle} times without a newer checkpoint; give it more time="
+            _note(self.trial, "crashed", EXIT_REQUEUE, error)
+            return None
+        return DelayedSubmission(replace(self, saved=saved, idle=idle))
+
+    def _train(self, job: submitit.JobEnvironment) -> int:
+        """Run train.py, under torchrun where there are several processes; its exit code."""
+        each = f".{job.node}" if job.node else ""
+        with _slot(self.gpus) as slot, open(self.trial.folder / f"output{each}.txt", "a") as output:
+            caches = slot.environment(Path(tempfile.gettempdir()) / f"sweep-{os.getuid()}")
+            if self.attempt > 1:                                      # a damaged cache may be why it crashed
+                shutil.rmtree(Path(caches["TORCHINDUCTOR_CACHE_DIR"]).parent, ignore_errors=True)
+            self.process = subprocess.Popen(
+                [sys.executable, *self._launcher(job), str(PROJECT / "train.py"), "--config", str(self.config),
+                 "--resume", "auto"], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, **caches}, preexec_fn=_ignore)
+            if self.stopping:
+                self._forward(signal.SIGTERM)
+            return self.process.wait()
+
+    def _launcher(self, job: submitit.JobEnvironment) -> list[str]:
+        if self.gpus * job.num_nodes == 1:
+            return []
+        number = int(job.raw_job_id)
+        return ["-m", "torch.distributed.run", f"--nnodes={job.num_nodes}", f"--nproc_per_node={self.gpus}",
+                "--rdzv_backend=c10d", f"--rdzv_endpoint={job.hostnames[0]}:{FIRST_PORT + number % PORTS}",
+                f"--rdzv_id={number}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"]
+
+    def _stop(self, number: int, frame) -> None:
+        self.stopping = True
+        if self.process is not None:
+            self._forward(signal.SIGUSR1 if number == PREEMPT else signal.SIGTERM)
+
+    def _forward(self, number: int) -> None:
+        """To the trainer, or to those under torchrun: itself it would give them 30 s to save."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        several = "torch.distributed.run" in self.process.args
+        for pid in children.read_text().split() if several and children.exists() else [self.process.pid]:
+            try:
+                os.kill(int(pid), number)
+            except ProcessLookupError:
+                pass
+
+    def _summary_written(self) -> int | None:
+        run = run_of(self.trial)
+        summary = run and run / "summary.json"
+        return summary.stat().st_mtime_ns if summary and summary.exists() else None
+
+    def _fail(self, code: int) -> None:
+        said = [line for line in (self.trial.folder / "output.txt").read_text(errors="replace").splitlines()
+                if line.strip()]
+        kind = {EXIT_BAD_INPUT: "refused", EXIT_NOT_FINITE: "not_finite"}.get(code, "crashed")
+        _note(self.trial, kind, code, f"exit code {code}: {said[-1].strip() if said else 'it printed nothing'}")
+        sys.exit(1)                                                   # for srun: it ends the other nodes' tasks
+
+
+def _ignore() -> None:
+    """Slurm signals every process of a step, and this one would end those that do not know it."""
+    signal.signal(PREEMPT, signal.SIG_IGN)
+
+
+def _note(trial: Trial, status: str, code: int, error: str) -> None:
+    write_text(trial.folder / "failure.json", json.dumps(dict(status=status, code=code, error=error)) + "\n")
+
+
+def _is_running() -> bool:
+    """Whether Slurm means to let this job go on: no one cancelled it or had it requeued."""
+    job = os.environ["SLURM_JOB_ID"]
+    done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
+    return done.stdout.strip() in ("RUNNING", "") if done.returncode == 0 else True
+
+
+@contextmanager
+def _slot(processes: int) -> Iterator[Slot]:
+    """The first place on this node that no other job of ours has, so that compile caches, which are the node's own,
+    are warm and nobody else's."""
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
+    folder = Path(tempfile.gettempdir()) / f"sweep-{os.getuid()}"
+    for number in range(10_000):
+        (folder / str(number)).mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            lock = hold(folder / str(number))
+        except ResumeError:
+            continue
+        with lock:
+            yield Slot(number, (), (), max(1, cores // processes))
+        return

@@ -1,0 +1,145 @@
+"""Sweeps as jobs of a real Slurm: two nodes, which are two daemons on this host (tests/slurm_here.py)."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data.shards import write_shard
+from harness.rundir import read_log
+from scripts.sweep import slurm as sweep_slurm
+from scripts.sweep.__main__ import entry
+from tests.conftest import ROOT, losses, the_run, train_elsewhere, train_here
+from tests.slurm_here import asked, slurm  # noqa: F401
+
+WAIT_S = 120
+QUICK = "import sys, scripts.sweep.slurm as s; s.ASK_EVERY_S = 0.5; from scripts.sweep.__main__ import entry; "
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(sweep_slurm, "ASK_EVERY_S", 0.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def write(tmp_path, text):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return str(path), tmp_path / "out"
+
+
+def long_run(tiny, tmp_path, steps=400, batch_tokens=64):
+    """A sweep of one trial of many steps, and the same as a configuration."""
+    write_shard(tmp_path / "long.bin", (np.arange(batch_tokens * steps + 1) * 7 % 64).astype(np.uint16))
+    keys = {"steps": steps, "data.train": str(tmp_path / "long.bin"), "batch_tokens": batch_tokens, "val_every": 200,
+            "checkpoint_every": 100}
+    path, out = write(tmp_path, json.dumps(dict(method="grid", base=str(tiny), parameters={
+        key: {"value": value} for key, value in keys.items()})))
+    return path, out, [f"{key}={value}" for key, value in keys.items()]
+
+
+def start(path, out, *slurm_keys):
+    words = [path, "--out", str(out), "--slurm", *slurm_keys]
+    return subprocess.Popen([sys.executable, "-c", f"{QUICK}sys.exit(entry({words!r}))"], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until(happened, what, controller=None):
+    end = time.monotonic() + WAIT_S
+    while not happened():
+        assert controller is None or controller.poll() is None, controller.communicate()[0]
+        assert time.monotonic() < end, f"waited in vain: {what}\n{asked('squeue', '--states=all')}"
+        time.sleep(0.1)
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def run_in(out):
+    runs = list(out.glob("trials/*/*/env.json"))
+    assert len(runs) <= 1, runs
+    return runs[0].parent if runs else None
+
+
+def steps_done(out):
+    run = run_in(out)
+    return max((line["step"] for line in read_log(run)[0]), default=0) if run and (run / "log.jsonl").exists() else 0
+
+
+def jobs(out):
+    """Job -> state, of all that were ever submitted."""
+    lines = asked("squeue", "--me", "--states=all", "--noheader", "--array", "--format=%i %T %j").splitlines()
+    return {job: state for job, state, name in map(str.split, lines) if name == sweep_slurm.job_name(out)}
+
+
+def test_trials_are_one_array_and_reach_what_they_reach_here_and_a_crash_is_retried_once(slurm, tiny, tmp_path, capsys):
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nseeds: [0, 1]\nparameters: {{steps: {{value: 8}}}}")
+    crash = tmp_path / "crash.yaml"                                   # a model of a petabyte fits no machine
+    crash.write_text(f"extends: {tiny}\nmodel: {{vocab_size: 10000000000000}}\n")
+    path, out = write(tmp_path, f"method: grid\nseeds: [0]\nparameters: {{config: {{values: ['{tiny}', '{crash}']}}, "
+                                "optim.rest.lr: {values: [0.01, 0.02]}}")
+    assert entry([path, "--out", str(out), "--slurm", "time=5"]) == 1
+    said = capsys.readouterr()
+    rows = rows_of(out)
+    assert sorted(row["status"] for row in rows) == ["crashed", "crashed", "finished", "finished"]
+    assert len({job.partition("_")[0] for job in jobs(out) if "_" in job}) == 2, jobs(out)     # one, and the retries'
+    assert said.out.count("submitted, job") == 6 and said.out.count("once more") == 2, said.out
+    for row in rows:
+        printed = (out / "trials" / row["trial"] / "output.txt").read_text()
+        assert printed.count("Traceback") == (2 if row["status"] == "crashed" else 0)
+    train_here("--config", tiny)
+    here = losses(the_run(tiny))
+    assert losses(out / next(row["run"] for row in rows if row["parameters"] == {"optim.rest.lr": 0.01}
+                             and row["base"] == str(tiny))) == here
+    assert entry([path, "--out", str(out), "--slurm", "qos=none-such"]) in (1, 2)
+
+
+def test_a_job_that_is_preempted_in_any_way_saves_is_requeued_and_goes_on_though_nobody_follows(slurm, tiny, tmp_path):
+    path, out, keys = long_run(tiny, tmp_path)
+    controller = start(path, out, "time=30")
+    until(lambda: steps_done(out) >= 3, "its first steps", controller)
+    controller.send_signal(signal.SIGINT)
+    said, _ = controller.communicate(timeout=WAIT_S)
+    (job, state), = jobs(out).items()
+    assert controller.returncode == 75 and f"scancel {job}" in said and state == "RUNNING", said
+
+    controller, reached = start(path, out, "time=30"), 0
+    trainer = lambda: asked("pgrep", "-f", f"^{sys.executable} {ROOT}/train.py --config {out}").split()
+    for preempt in (lambda: asked("scancel", "--signal=USR2", job),                            # the time limit is near
+                    lambda: asked("scontrol", "requeue", job),                                 # a preemption
+                    lambda: [os.kill(int(pid), signal.SIGUSR1) for pid in trainer()]):         # somebody else
+        until(lambda: steps_done(out) > reached + 2, "further steps", controller)
+        preempt()
+        until(lambda: jobs(out) == {job: "PENDING"}, "the queue", controller)
+        summary = json.loads((run_in(out) / "summary.json").read_text())
+        assert summary["status"] == "stopped" and reached < summary["steps"] < 400
+        reached = summary["steps"]
+        asked("scontrol", "update", f"JobId={job}", "StartTime=now")                           # else in two minutes
+    said, _ = controller.communicate(timeout=WAIT_S)
+    assert controller.returncode == 0 and "in the queue already" in said and "submitted" not in said, said
+    assert jobs(out).keys() == {job} and rows_of(out)[0]["status"] == "finished"
+    train_here("--config", tiny, *keys)
+    assert losses(run_in(out)) == losses(the_run(tiny))
+
+
+@pytest.mark.parametrize("shape", [("nodes=1", "gpus_per_node=2"), ("nodes=2", "gpus_per_node=1")])
+def test_a_run_of_several_processes_meets_by_c10d_and_survives_preemption(slurm, tiny, tmp_path, shape):
+    path, out, keys = long_run(tiny, tmp_path, steps=150, batch_tokens=128)
+    controller = start(path, out, *shape)
+    until(lambda: steps_done(out) >= 3, "its first steps", controller)
+    (job, _), = jobs(out).items()
+    asked("scancel", "--signal=USR2", job)
+    until(lambda: jobs(out) == {job: "PENDING"}, "the queue", controller)
+    assert json.loads((run_in(out) / "summary.json").read_text())["status"] == "stopped"
+    asked("scontrol", "update", f"JobId={job}", "StartTime=now")
+    said, _ = controller.communicate(timeout=WAIT_S)
+    assert controller.returncode == 0, said
+    assert json.loads((run_in(out) / "env.json").read_text())["world_size"] == 2
+    assert train_elsewhere("--config", tiny, *keys, ranks=2).returncode == 0
+    assert losses(run_in(out)) == losses(the_run(tiny))
