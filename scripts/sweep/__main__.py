@@ -3,6 +3,7 @@
     python -m scripts.sweep configs/sweeps/lr.yaml                       # again: continues, finished trials are skipped
     python -m scripts.sweep configs/sweeps/lr.yaml --jobs 2              # two at once, each with half of the cores
     python -m scripts.sweep configs/sweeps/lr.yaml --gpus-per-trial 2
+    python -m scripts.sweep configs/sweeps/lr.yaml --slurm partition=main time=60 gpus_per_node=1
     python -m scripts.sweep configs/sweeps/lr.yaml --dry-run | --table   # what it would do; the ranking so far
 
 The file is one of Weights & Biases' (docs/sweeps.md). Results: runs/sweeps/<file name>/results.jsonl. Ctrl-C or SIGTERM
@@ -24,6 +25,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for name, what in (("jobs", "trials at once, at most"), ("cores-per-trial", "on a CPU; default all of them / jobs"),
                        ("gpus-per-trial", "default 1; above it trials run under torchrun")):
         parser.add_argument(f"--{name}", type=count, metavar="N", help=what)
+    parser.add_argument("--slurm", nargs="*", metavar="KEY=VALUE",
+                        help="submit to Slurm: partition= time= (minutes) nodes= gpus_per_node= ... (docs/slurm.md)")
     parser.add_argument("--dry-run", action="store_true", help="check every trial and say what would run")
     parser.add_argument("--table", action="store_true", help="print the ranking of what is finished")
     return parser.parse_args(argv)
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     from harness.processes import EXIT_REQUEUE
     from harness.rundir import write_text
-    from scripts.sweep import bayes, file, halving, pack, plan
+    from scripts.sweep import bayes, file, halving, pack, plan, slurm
     from scripts.sweep.results import ENDED, FINAL, row, status_of, write_results
     from scripts.sweep.run import Going, end, run
     from scripts.sweep.show import Show
@@ -61,11 +64,14 @@ def main(argv: list[str]) -> int:
         return 0
 
     # ------------------------------------------------------------ 2. the machine
-    slots = pack.slots(args.jobs, args.cores_per_trial, args.gpus_per_trial, pack.gpus_here(), pack.cores_here())
+    if args.slurm is not None:
+        slots = slurm.cluster(args.slurm, args.jobs, args.cores_per_trial or args.gpus_per_trial)
+    else:
+        slots = pack.slots(args.jobs, args.cores_per_trial, args.gpus_per_trial, pack.gpus_here(), pack.cores_here())
     done = sum(status_of(trial) in FINAL for trial in trials)
     configurations = len({plan.configuration_id(trial.configuration) for trial in trials})
-    heading = (f"{out}: {len(trials)} trials of {configurations} configurations, {done} done already; {len(slots)} at "
-               f"once on {', '.join(map(str, slots))}"
+    heading = (f"{out}: {len(trials)} trials of {configurations} configurations, {done} done already; "
+               + (f"{len(slots)} at once on {', '.join(map(str, slots))}" if args.slurm is None else f"on {slots}")
                + (f"; {sweep.budget} configurations a preset in the end, as results come" if search else "")
                + (f"; then the best of each of {len(sweep.bases)} presets with {len(sweep.seeds)} seeds"
                   if sweep.kind == "compare" else ""))
@@ -79,7 +85,7 @@ def main(argv: list[str]) -> int:
     # ------------------------------------------------------------ 3. the trials
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "sweep.yaml", args.file.read_text(encoding="utf-8"))
-    lock = open(out / ".lock", "w")                                   # given back however we end
+    lock = open(out / ".lock", "w")                                   # the system gives it back however we end
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -102,7 +108,7 @@ def main(argv: list[str]) -> int:
         hopeless = early.hopeless([each.trial for each in going]) if early else ()
         for each in going:
             if each.trial in hopeless:
-                end(each)
+                (end if args.slurm is None else slurm.end)(each)
 
     def more() -> list[plan.Trial]:
         added = search.next_trials(rows) if search else []
@@ -113,9 +119,13 @@ def main(argv: list[str]) -> int:
         return added
 
     try:
-        complete = run(trials, slots, out, changed, look, more)
+        if args.slurm is not None:
+            complete = slurm.run(trials, slots, out, changed, look, more, show.say)
+        else:
+            complete = run(trials, slots, out, changed, look, more)
     finally:
         show.close()
+        lock.close()
 
     # ------------------------------------------------------------ 4. the end
     print(shown(list(rows.values())))
