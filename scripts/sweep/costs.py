@@ -44,14 +44,18 @@ class Turn(NamedTuple):
     peak_bytes: int | None
 
 
+def read(out: Path) -> dict:
+    """costs.json; {} where there is none that can be read."""
+    try:
+        return json.loads((out / "costs.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
 def is_due(out: Path) -> bool:
     """Whether the configurations that were reported are not those of costs.json."""
-    try:
-        known = json.loads((out / "costs.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        known = {}
     wanted = reported(out)
-    return bool(wanted) and {key for key, value in known.items() if isinstance(value, dict)} != wanted.keys()
+    return bool(wanted) and {key for key, value in read(out).items() if isinstance(value, dict)} != wanted.keys()
 
 
 def reported(out: Path) -> dict[str, Path]:
@@ -79,9 +83,12 @@ def measure_in(slot: Slot, out: Path) -> str | None:
     """Measure in a process that has of the machine what a trial had; why that failed, or None. Trials must be over."""
     from scripts.sweep.run import settle
     one = slot._replace(gpus=slot.gpus[:1])
-    done = subprocess.run([sys.executable, "-m", "scripts.sweep.costs", str(out)],
-                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, **one.environment(out)}, preexec_fn=settle(one))
+    try:
+        done = subprocess.run([sys.executable, "-m", "scripts.sweep.costs", str(out)],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, **one.environment(out)}, preexec_fn=settle(one))
+    except KeyboardInterrupt:
+        return "costs not measured: stopped by a signal; the same command measures them"
     if done.returncode == 0:
         return None
     said = [line for line in done.stderr.splitlines() if line.strip()]
