@@ -177,7 +177,7 @@ def test_bands_are_means_over_the_seeds_at_steps_that_all_have(real, odd):
             one, other = (each["val", step] for each in of_seeds)
             half = 12.7062047 * abs(one - other) / 2                  # t of one degree of freedom, sd / sqrt(2)
             assert mean == pytest.approx((one + other) / 2) and high - low == pytest.approx(2 * half, abs=1e-6)
-    of = {group.words: group for group in groups(read_folder(odd))}
+    of = {group.words[0]: group for group in groups(read_folder(odd))}
     assert band(of["note = b"], "val").steps == [0] and band(of["note = c"], "val").steps == [0, 10]
     assert band(of["note = d"], "val").n == 1 and band(of["note = d"], "val").low is None
 
@@ -254,6 +254,8 @@ def open_page(browser, out):
     browser.open(out / "report.html")
     browser.until("return document.querySelectorAll('#curves .scatterlayer .trace').length > 0")
     assert browser.errors() == []
+    tools = browser.run("return [...document.querySelectorAll('#curves .modebar-btn')].map(each => each.dataset.title)")
+    assert "Zoom" in tools and not [each for each in tools if "Share" in each]      # which uploads the chart
     assert browser.run("return performance.getEntriesByType('resource').map(each => each.name)") == []
 
 
@@ -269,13 +271,14 @@ def test_the_page_draws_curves_without_network_that_answer_the_mouse(browser, re
     drawn = band(best, "val")
     assert [each[0] for each in means] == [group.label for group in groups(read_folder(real))]
     assert means[0][1] == [0, 4, 8, 12] and means[0][2] == pytest.approx(drawn.mean, rel=1e-5)
-    assert browser.run(CURVES + "return plot.data.filter(t => t.meta === 'band').map(t => t.x.length)") == [8, 8]
+    bands = browser.run(CURVES + "return plot.data.filter(t => t.meta === 'band').map(t => [t.x, t.y])")
+    assert bands[0] == [[0, 4, 8, 12, 12, 8, 4, 0], pytest.approx(drawn.high + drawn.low[::-1], rel=1e-5)]
 
     browser.run("document.getElementById('curves').scrollIntoView({block: 'center'})")
     browser.mouse(browser.run(POINT % drawn.mean[2]))
     hover = browser.until("return document.querySelector('#curves .hoverlayer .hovertext')?.textContent")
     for said in (best.label, "step 8", f"{drawn.mean[2]:.4f}", f"{drawn.low[2]:.4f} to {drawn.high[2]:.4f}", "n = 2",
-                 "train loss ", best.words):
+                 "train loss ", *best.words):
         assert said in hover, hover
 
     left, right = browser.run(CURVES + "return plot._fullLayout.xaxis.range")

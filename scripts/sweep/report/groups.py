@@ -45,7 +45,7 @@ class Group(NamedTuple):
     key: str                            # the configuration's id
     tuning: bool                        # trials of a search, whose values are not reported
     label: str
-    words: str                          # what it was given, as far as that differs between configurations
+    words: list[str]                    # what it was given, as far as that differs between configurations
     colour: str
     dash: str                           # one of DASHES
     trials: list[Trial]
@@ -171,8 +171,8 @@ def _value(row: dict, key: str) -> str:
     return shown(row["parameters"][key]) if key in row["parameters"] else ""
 
 
-def _words(row: dict, varying: Sequence[str]) -> str:
-    return ", ".join(f"{key} = {_value(row, key)}" for key in varying if _value(row, key)) or row["base"]
+def _words(row: dict, varying: Sequence[str]) -> list[str]:
+    return [f"{key} = {value}" for key in varying if (value := _value(row, key))] or [row["base"]]
 
 
 def _labels(firsts: Sequence[dict], folder: Folder) -> dict[tuple[str, bool], str]:

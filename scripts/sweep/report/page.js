@@ -2,7 +2,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const FONT = {family: getComputedStyle(document.body).fontFamily, size: 13, color: "#1a1a1a"};
 const AXIS = {gridcolor: "#ebebeb", zeroline: false, linecolor: "#999", ticks: "outside", tickcolor: "#999"};
-const CONFIG = {displaylogo: false, responsive: true,
+const CONFIG = {displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",   // nothing leaves
                 modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
 const escaped = text => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const number = (value, digits = 4) => value === undefined || value === null ? "" : value.toFixed(digits);
@@ -26,7 +26,7 @@ function traces() {
     const band = group.band[state.loss], many = group.seeds.length;
     const common = {type: "scatter", legendgroup: group.key + group.tuning, name: escaped(group.label)};
     const head = `<b>${escaped(group.label)}</b>` + (group.tuning ? " (search)" : "");
-    const tail = group.words === group.label ? "" : `<br>${escaped(group.words)}`;
+    const tail = group.words.map(each => `<br>${escaped(each)}`).join("");
     const name = escaped(DATA.curves.losses.find(([loss]) => loss === state.loss)[1]);
     let named = false;
     if (band && !state.seeds) {

@@ -60,9 +60,10 @@ def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
         data.append({
             "type": "scatter", "mode": "markers", "name": escape(name), "x": [g.parameters[k] for g, k, _ in mine],
             "y": _short(means), "hovertemplate": "%{text}<extra></extra>", "marker": {
-                "opacity": 1, "color": mine[0][0].colour, "size": [14 if ring else 9 for ring in ringed], "symbol": number % 8,
+                "opacity": 1, "color": mine[0][0].colour, "symbol": number % 8,
+                "size": [14 if ring else 9 for ring in ringed],
                 "line": {"width": [3 if ring else 0 for ring in ringed], "color": "#1a1a1a"}},
-            "text": [_hover(name + (" (chosen)" if ring else ""), group.words, f"{NAMES[metric]}: {mean:.4f}",
+            "text": [_hover(name + (" (chosen)" if ring else ""), *group.words, f"{NAMES[metric]}: {mean:.4f}",
                             f"{len(reached)} tuning seed{'s' * (len(reached) > 1)}")
                      for (group, _, reached), mean, ring in zip(mine, means, ringed)]})
     rates = [group.parameters[key] for group, key, _ in tuning]
@@ -72,7 +73,8 @@ def _draws(folder: Folder, found: Sequence[Group]) -> dict | None:
             "all values." + (f" Not shown: {lost} draw{'s' * (lost > 1)} without a result." if lost else ""))
     return {"id": "learning-rates", "title": "Tuning: loss against learning rate", "note": note, "data": data,
             "layout": {"xaxis": {"title": {"text": escape(keys)}, **(_log_axis(rates) if min(rates) > 0 else {})},
-                       "yaxis": {"title": {"text": NAMES[metric]}, "range": [low - .08 * (edge - low), edge + .03 * (edge - low)]}}}
+                       "yaxis": {"title": {"text": NAMES[metric]},
+                                 "range": [low - .08 * (edge - low), edge + .03 * (edge - low)]}}}
 
 
 def _log_axis(values: Sequence[float]) -> dict:
@@ -94,14 +96,14 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
              "error_x": {"type": "data", "color": "#666666", "thickness": 1.6, "width": 5,
                          "array": _short([s.high - s.mean if s.high is not None else 0 for _, _, s in reached])},
              "hovertemplate": "%{text}<extra></extra>",
-             "text": [_hover(g.label, g.words, f"mean {s.mean:.5g}, n = {s.n}",
+             "text": [_hover(g.label, *g.words, f"mean {s.mean:.5g}, n = {s.n}",
                              f"95%: {s.low:.5g} to {s.high:.5g}" if s.low is not None else "one seed, no interval")
                       for g, _, s in reached]}
     seeds = [(group, seed, value) for group, values, _ in reached for seed, value in values.items()]
     dots = {"type": "scatter", "mode": "markers", "name": "seeds", "y": [escape(g.label) for g, _, _ in seeds],
             "x": _short([value for _, _, value in seeds]), "hovertemplate": "%{text}<extra></extra>",
             "marker": {"size": 6, "symbol": "line-ns-open", "color": [g.colour for g, _, _ in seeds]},
-            "text": [_hover(g.label, g.words, f"seed {seed}: {value:.6g}") for g, seed, value in seeds]}
+            "text": [_hover(g.label, *g.words, f"seed {seed}: {value:.6g}") for g, seed, value in seeds]}
     return {"id": "final", "title": "What each reached",
             "note": "Mean and 95% interval (Student's t) over the reported seeds; a stroke is a seed.",
             "data": [dots, means], "height": 130 + 30 * len(reached),
