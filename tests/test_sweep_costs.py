@@ -39,7 +39,7 @@ def ended(presets, tmp_path):
     def finished(trials):
         for trial in trials:
             plan.write(trial)
-        return [row(trial, out) | dict(status="finished", val_loss=1 - trial.configuration.parameters["optim.hidden.lr"])
+        return [row(trial, out) | dict(status="finished", val_loss=1 - trial.config.optim[0].hyper.lr)
                 for trial in trials]
     tuning = finished(plan.plan(sweep, out))
     write_results(tuning + finished(plan.reporting(sweep, tuning, out, ["finished"])), out)

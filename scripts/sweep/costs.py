@@ -4,8 +4,8 @@
 
 A comparison measures them itself when its trials have ended, in a process with the cores or the GPU of one trial, and
 again when other configurations were chosen. From the sweep's folder alone: results.jsonl and every trial's trial.yaml.
-The configurations take turns, A B B A, so that a machine that slows down slows all of them alike; nothing else should run
-on it. Goes to costs.json there: per configuration (`configuration` of results.jsonl)
+The configurations take turns, A B B A, so that a machine that slows down slows all of them alike; nothing else should
+run on it. Goes to costs.json there: per configuration (`configuration` of results.jsonl)
 
     optimizer_ms     the whole optimizer step, all groups, refreshes of bases as often as in the average of a long run
     step_ms          forward and backward, too
