@@ -21,8 +21,9 @@ function others(curves, step, which) {
 }
 
 function traces() {
-  const found = [];
-  for (const group of DATA.curves.groups.filter(group => state.tuning || !group.tuning)) {
+  const found = [], groups = DATA.curves.groups.filter(group => state.tuning || !group.tuning);
+  const crowded = groups.length > 4;
+  for (const group of groups) {
     const band = group.band[state.loss], many = group.seeds.length;
     const common = {type: "scatter", legendgroup: group.key + group.tuning, name: escaped(group.label)};
     const head = `<b>${escaped(group.label)}</b>` + (group.tuning ? " (search)" : "");
@@ -33,8 +34,8 @@ function traces() {
       const x = band[state.x];
       if (band.low) {
         found.push({...common, x: [...x, ...[...x].reverse()], y: [...band.high, ...[...band.low].reverse()],
-                    fill: "toself", fillcolor: group.colour + "29", line: {width: 0}, mode: "lines", hoverinfo: "skip",
-                    showlegend: false, meta: "band"});
+                    fill: "toself", fillcolor: group.colour + (crowded ? "14" : "29"), line: {width: 0}, mode: "lines",
+                    hoverinfo: "skip", showlegend: false, meta: "band"});
       }
       found.push({...common, x, y: band.loss, meta: "mean", mode: x.length > 40 ? "lines" : "lines+markers",
                   line: {color: group.colour, dash: group.dash, width: group.tuning ? 1.2 : 2}, marker: {size: 5},

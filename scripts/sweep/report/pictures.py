@@ -63,7 +63,8 @@ def _curves(plt, found: Sequence[Group], seconds: bool):
         axes.plot(x, drawn.mean, LINES[group.dash], color=group.colour, label=group.label, zorder=3,
                   marker="o" if len(x) <= 15 else None, ms=3)
         if drawn.low:
-            axes.fill_between(x, drawn.low, drawn.high, color=group.colour, alpha=.16, lw=0, zorder=2)
+            axes.fill_between(x, drawn.low, drawn.high, color=group.colour, alpha=.08 if len(shown) > 4 else .16, lw=0,
+                              zorder=2)
     low = min(min(drawn.low or drawn.mean) for _, drawn in shown[:MOST_CURVES])
     high = max(value for _, drawn in shown for step, value in zip(drawn.steps, drawn.high or drawn.mean)
                if step >= .2 * drawn.steps[-1])                  # not the first steps, from which all fall

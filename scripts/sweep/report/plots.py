@@ -113,6 +113,8 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
 
 def _effects(folder: Folder) -> list[dict]:
     measured, figures = effects(folder), []
+    ends = [end for each in measured for end in (0, each.mean, each.low, each.high) if end is not None] or [0]
+    room = .04 * (max(ends) - min(ends)) or 1
     for family in dict.fromkeys(each.family for each in measured):
         several = [each for each in measured if each.family == family]
         several = several if family == "rung" else by_size(several)
@@ -129,6 +131,7 @@ def _effects(folder: Folder) -> list[dict]:
                     "together hold with 95%; grey where no effect was detected.",
             "height": 130 + 34 * len(several),
             "layout": {"xaxis": {"title": {"text": f"difference in {NAMES[folder.sweep.metric]}"}, "zeroline": True,
+                                 "range": [min(ends) - room, max(ends) + room],
                                  "zerolinecolor": "#1a1a1a", "zerolinewidth": 1.5},
                        "yaxis": {"autorange": "reversed", "automargin": True}}})
     return figures
