@@ -104,6 +104,40 @@ def test_presets_have_equal_budgets_and_the_same_first_configurations(tiny, tmp_
     assert len(first) == len(second) == 12 and first[:STARTUP] == second[:STARTUP]
 
 
+def test_pruned_configurations_attract_no_proposals_however_low_their_loss_was(tiny, tmp_path):
+    rate = "optim.hidden.lr: {distribution: log_uniform_values, min: 0.0001, max: 1.0}"
+    sweep = read(write(tmp_path, tiny, "budget: 30\n", rate))
+    p = sweep.parameters_of(str(tiny))[-1]
+    told = [bayes.Told({p.key: (i + 0.5) / 20}, "pruned" if i >= 10 else "ended", 9.0 - i / 10) for i in range(20)]
+    found = [bayes.propose(sweep, [p], told, attempt)[p.key] for attempt in range(12)]
+    alike = [bayes.propose(sweep, [p], [each._replace(status="ended") for each in told], attempt)[p.key]
+             for attempt in range(12)]
+    assert statistics.median(found) < 0.5 < statistics.median(alike)
+
+
+def test_a_comparison_searches_each_preset_in_its_own_space_with_the_tuning_seeds(tiny, tmp_path):
+    path, other = tmp_path / "sweep.yaml", tiny.with_name("other.yaml")
+    other.write_text(tiny.read_text().replace("rule: muon, lr: 0.02, ns_dtype: float32", "rule: adamw, lr: 0.01"))
+    path.write_text(f"method: bayes\nbudget: 12\ntuning_seeds: [7, 8]\nseeds: [0]\nspaces:\n"
+                    f"  {tiny}: {{optim.hidden.lr: {{min: 0.1, max: 0.2}}}}\n"
+                    f"  {other}: {{optim.hidden.betas: {{values: [[0.8, 0.9], [0.9, 0.95], [0.9, 0.99]]}}}}\n"
+                    "parameters: {steps: {value: 3}, grad_clip: {min: 0.1, max: 1.0}}\n")
+    search, rows = Search(read(path), tmp_path), {}
+    fill(search, rows, lambda each: each["grad_clip"])
+    assert not search.is_over(rows) and search.remembered == [] and not (tmp_path / "search.jsonl").exists()
+    while trials := search.next_trials(rows):
+        assert [trial.config.seed for trial in trials] == [7, 8]
+        fill(search, rows, lambda each: each["grad_clip"])
+    assert search.is_over(rows)
+    keys = {str(tiny): "optim.hidden.lr", str(other): "optim.hidden.betas"}
+    assert all(each.parameters.keys() == {"steps", "grad_clip", keys[each.base]} for each in search.proposed)
+    assert len(search.proposed) == 24
+    assert Search(read(path), tmp_path).known == search.known
+    best = search.proposed[0]
+    rows["reported"] = dict(rows[f"{configuration_id(best)} 7"], seed=0, status="running")
+    assert bayes._told({}, best, search.sweep, rows) == bayes.Told({}, "ended", best.parameters["grad_clip"])
+
+
 def test_a_bayesian_sweep_runs_its_proposals_and_ends(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.sweep.candidates.STARTUP", 1)
     path = write(tmp_path, tiny, "budget: 2\n")

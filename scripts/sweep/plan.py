@@ -93,11 +93,13 @@ def reporting(sweep: Sweep, rows: Sequence[dict], out: Path, ended: Sequence[str
     """The reported seeds of every preset whose tuning trials all ended, at the best that its search found.
 
     Args:
-        rows: of results.jsonl.
+        rows: of results.jsonl; presets whose reported seeds are among them are left out.
         ended: the statuses of trials that nothing more is awaited of.
     """
-    trials = []
+    trials, there = [], {row["base"] for row in rows if row["seed"] in sweep.seeds}
     for base in sweep.bases if sweep.kind == "compare" else ():
+        if base in there:
+            continue
         tuning = [row for row in rows if row["base"] == base and row["seed"] in sweep.tuning_seeds]
         best = chosen(tuning, sweep) if all(row["status"] in ended for row in tuning) else None
         if best is not None:
