@@ -78,6 +78,31 @@ def jobs(out):
     return {job: state for job, state, name in map(str.split, lines) if name == sweep_slurm.job_name(out)}
 
 
+def test_what_cannot_be_submitted_is_refused_in_one_line(tiny, tmp_path, capsys, monkeypatch):
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nparameters: {{steps: {{value: 8}}}}")
+    for name in sweep_slurm.PROGRAMS:
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\nexit 1\n")
+        program.chmod(0o755)
+
+    def refused(*words):
+        assert entry([path, "--out", str(out), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert "--slurm color=red: expected KEY=VALUE with a key of partition, account" in refused("--slurm", "color=red")
+    assert "--slurm nodes=two: expected a whole number" in refused("--slurm", "nodes=two")
+    assert "leave one out" in refused("--jobs", "2", "--slurm", "parallel=3")
+    assert "cpus_per_task=N" in refused("--cores-per-trial", "1", "--slurm")
+    assert "squeue does not answer" in refused("--slurm")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert refused("--slurm") == "error: --slurm needs submitit: python -m pip install submitit"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no sbatch in PATH" in refused("--slurm")
+    assert not list(out.glob("trials/*"))
+
+
 def test_trials_are_one_array_and_reach_what_they_reach_here_and_a_crash_is_retried_once(slurm, tiny, tmp_path, capsys):
     crash = tmp_path / "crash.yaml"                                   # a model of a petabyte fits no machine
     crash.write_text(f"extends: {tiny}\nmodel: {{vocab_size: 10000000000000}}\n")
@@ -91,6 +116,8 @@ def test_trials_are_one_array_and_reach_what_they_reach_here_and_a_crash_is_retr
     assert (out / "trials" / bad["trial"] / "output.txt").read_text().count("Traceback") == 2
     train_here("--config", tiny)
     assert losses(out / good["run"]) == losses(the_run(tiny))
+    assert entry([path, "--out", str(out), "--slurm", "partition=none-such"]) == 2
+    assert "sbatch refuses: " in capsys.readouterr().err and len(jobs(out)) == 3
 
 
 def test_a_job_that_is_preempted_in_any_way_saves_is_requeued_and_goes_on_though_nobody_follows(slurm, tiny, tmp_path):

@@ -30,8 +30,8 @@ KEYS = {"partition": ("slurm_partition", str), "account": ("slurm_account", str)
         "time": ("timeout_min", int), "nodes": ("nodes", int), "gpus_per_node": ("gpus_per_node", int),
         "cpus_per_task": ("cpus_per_task", int), "mem_gb": ("mem_gb", int), "gres": ("slurm_gres", str),
         "constraint": ("slurm_constraint", str), "nodelist": ("slurm_nodelist", str),
-        "exclude": ("slurm_exclude", str), "setup": ("slurm_setup", str), "signal_delay_s": ("slurm_signal_delay_s", int),
-        "parallel": ("slurm_array_parallelism", int)}
+        "exclude": ("slurm_exclude", str), "setup": ("slurm_setup", str),
+        "signal_delay_s": ("slurm_signal_delay_s", int), "parallel": ("slurm_array_parallelism", int)}
 DEFAULTS = {"timeout_min": 60, "nodes": 1, "slurm_array_parallelism": 256}
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol")
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
@@ -102,7 +102,8 @@ def run(trials: list[Trial], cluster: Cluster, out: Path, changed: Callable[[Tri
     waiting, queued = [], []
     states = ask(out)                                                 # before anything is submitted twice
     if states is None:
-        raise ConfigError("--slurm: squeue does not answer (sinfo says whether the cluster is up); nothing was submitted")
+        raise ConfigError("--slurm: squeue does not answer (sinfo says whether the cluster is up); nothing was "
+                          "submitted")
     for trial in [trial for trial in trials if status_of(trial) not in FINAL]:
         job = _remembered(trial)
         if job and states.get(job, ("COMPLETED", ""))[0] not in OVER:
