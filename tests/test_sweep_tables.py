@@ -136,8 +136,9 @@ def test_rows_come_by_the_size_of_the_effect_and_rungs_in_their_order():
     ({(("cap",), 1): "not_finite"}, "2 of 3", "with it diverged at 1 of 3 seeds", "+ cap: seed 1 not_finite"),
     ({((), 1): "not_finite", ((), 2): "not_finite"}, "1 of 3", "without it diverged at 2 of 3 seeds",
      "baseline: seeds 1 and 2 not_finite"),
-    ({(("cap",), 0): "crashed", ((), 1): "waiting"}, "1 of 3", "one pair of seeds: no test",
-     "baseline: seed 1 waiting; + cap: seed 0 crashed"),
+    ({(("cap",), 0): "crashed", ((), 1): "crashed"}, "1 of 3", "one pair of seeds: no test",
+     "baseline: seed 1 crashed; + cap: seed 0 crashed"),
+    ({(("cap",), 0): "running"}, "2 of 3", "no verdict before all seeds ended", "+ cap: seed 0 running"),
     ({(("cap",), 0): "crashed"}, "2 of 3", "no effect detected; the smallest detectable at n = 2 is 0.6527",
      "+ cap: seed 0 crashed"),                                  # 1.2816 (z of 0.9) · 50.92 (t of 0.05/8, 1) · 0.01
     ({(("cap",), seed): "refused" for seed in range(3)}, "0 of 3", "no seed that both finished",

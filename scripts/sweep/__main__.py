@@ -12,6 +12,7 @@ has the trials save; the next call continues them. Exit code 0: all trials ended
 """
 import argparse
 import fcntl
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,14 +44,14 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     from harness.processes import EXIT_REQUEUE
     from harness.rundir import write_text
-    from scripts.sweep import bayes, file, halving, pack, plan, slurm
-    from scripts.sweep.results import ENDED, FINAL, row, status_of, write_results
+    from scripts.sweep import bayes, costs, file, halving, pack, plan, slurm
+    from scripts.sweep.results import ENDED, FINAL, row, run_of, status_of, write_results
     from scripts.sweep.run import Going, end, run
     from scripts.sweep.show import Show
     from scripts.sweep.tables import markdown, tables
 
     def shown(rows: list[dict]) -> str:
-        return "\n\n".join(markdown(each) for each in tables(rows, sweep))
+        return "\n\n".join(markdown(each) for each in tables(rows, sweep, costs.read(out)))
     sweep = file.read(args.file)
     out = args.out or Path("runs/sweeps") / args.file.stem
     search = bayes.Search(sweep, out) if sweep.method == "bayes" else None
@@ -99,6 +100,9 @@ def main(argv: list[str]) -> int:
     def changed(trial: plan.Trial, what: str) -> None:
         rows[trial.name] = row(trial, out)
         write_results(list(rows.values()), out)
+        ended = rows[trial.name]["status"] in FINAL and run_of(trial)
+        if ended and "keep_checkpoints" not in trial.configuration.parameters:        # tens of MB each, read by nobody
+            shutil.rmtree(ended / "checkpoints", ignore_errors=True)
         loss = rows[trial.name]["val_loss"]
         show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {trial.label}: {what}"
                  + (f", val_loss {loss:.4f}" if what == "finished" else ""))
@@ -123,6 +127,11 @@ def main(argv: list[str]) -> int:
             complete = slurm.run(trials, slots, out, changed, look, more, show.say)
         else:
             complete = run(trials, slots, out, changed, look, more)
+        show.close()
+        if complete and sweep.kind == "compare" and args.slurm is None and costs.is_due(out):
+            print("measuring what the optimizers cost, a minute or two", flush=True)
+            if problem := costs.measure_in(slots[0], out):
+                print(f"warning: {problem}", file=sys.stderr)
     finally:
         show.close()
         lock.close()

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from scripts.judge import POWER, Difference, detectable, gaps, holm, more_paired, paired, spread
+from scripts.sweep.results import ENDED
 from scripts.sweep.tables.cells import Cell, between, finished, number
 from scripts.verdict_text import p_text
 
@@ -38,6 +39,9 @@ def effect(of: Sequence[dict], against: Sequence[dict], key: str, comparisons: i
         return Effect(0, None, None, None, None, None, "no seed that both finished")
     means = [spread([side[seed] for seed in seeds]).mean for side in (values, others)]
     test = paired(values, others, 1 - ALPHA / comparisons)
+    if any(row["status"] not in ENDED for row in (*of, *against)):    # a look at a time would see effects too often
+        return Effect(len(found), *means, spread(found).mean, spread(found).sd, None,
+                      "no verdict before all seeds ended")
     why = "" if test else "one pair of seeds: no test" if len(found) == 1 else \
         "the same difference at every seed: no test" if any(found) else "equal at every seed"
     return Effect(len(found), *means, spread(found).mean, spread(found).sd, test, why)
