@@ -73,7 +73,7 @@ def test_a_sweep_that_continues_compares_with_all_that_its_logs_hold_and_decides
         first.hopeless([trial])
     log(trials[2], 2.5, 2.4, 0.1)                                               # it came far before it was gone
     again = Halving(sweep, tmp_path / "out", trials)
-    assert again.hopeless(trials[:2]) == []                                     # 3.0 was the best when it came
+    assert again.hopeless([trials[1], trials[0]]) == []                         # 3.0 was the best when it came
     log(trials[3], 2.2)
     log(trials[1], 2.0, 1.9, 1.8)
     assert again.hopeless([trials[3], trials[1]]) == [trials[3]]
@@ -96,9 +96,9 @@ def test_presets_do_not_compete_and_what_the_first_seed_ends_no_other_seed_runs(
     of = {(t.configuration.base, t.configuration.parameters["optim.rest.lr"], t.config.seed): t for t in trials}
     good, bad, worse, bad_again = (of[key] for key in ((str(tiny), 0.01, 4), (str(tiny), 0.02, 4),
                                                        (str(other), 0.01, 4), (str(tiny), 0.02, 5)))
-    for trial, loss in ((good, 1.0), (worse, 3.0), (bad_again, 0.5), (bad, 2.0)):
+    for trial, loss in ((good, 1.0), (worse, 3.0), (bad_again, 1.5), (bad, 2.0)):
         log(trial, loss)
-    assert early.hopeless([good, worse]) == []
+    assert early.hopeless([good, worse, bad_again]) == []
     assert early.hopeless([bad_again, bad]) == [bad_again, bad]
     assert sorted(t.name for t in trials if status_of(t) == "pruned") == sorted([bad.name, bad_again.name])
 
