@@ -1,6 +1,6 @@
 """The table of update rules: what each is given, what it holds, how long it takes, how far it gets on the demo.
 
-    python -m scripts.optimizers [--losses runs/sweeps/demo_rules] [--gpt2]        prints the Markdown of docs/optimizers.md
+    python -m scripts.optimizers [--losses runs/sweeps/demo_rules] [--gpt2]    prints the Markdown of docs/optimizers.md
 
 Times are of the hidden matrices alone (attention and MLP weights), refreshes of bases averaged in: of all of the demo's
 matrices together; with --gpt2 also for GPT-2 124M, where one matrix of each shape is timed and counted as often as

@@ -63,12 +63,17 @@ def test_a_quantile_is_that_of_the_distribution_by_wandbs_definition(spec, u, va
     assert type(found) is type(value)
 
 
-def test_draws_are_spread_as_the_distribution_says_and_independent_between_parameters():
+def test_few_draws_fill_every_range_evenly_and_together():
+    """Halton's bases are 2, 3, 5: of 2^a or 3^b draws one lies in each equal part of a range."""
     spec = dict(distribution="log_uniform_values", min=1e-4, max=1.0)
-    logs, others = ([math.log10(drawn(parameter(key, spec), number)) for number in range(400)] for key in ("lr", "eps"))
-    expected = [-4 + 4 * (i + 0.5) / 400 for i in range(400)]
-    assert max(abs(a - b) for a, b in zip(sorted(logs), expected)) / 4 < 0.08   # Kolmogorov-Smirnov at p < 0.01
-    assert abs(np.corrcoef(logs, others)[0, 1]) < 0.13                          # likewise
+    three = [parameter(key, spec) for key in ("lr", "decay", "eps")]
+    for base, key in ((2, "lr"), (3, "decay"), (5, "eps")):
+        logs = sorted(math.log10(drawn(three, number)[key]) for number in range(base**2))
+        assert [int(base**2 * (x + 4) / 4) for x in logs] == list(range(base**2))
+    many = np.array([[math.log10(x) for x in drawn(three, number).values()] for number in range(400)])
+    assert np.abs(np.corrcoef(many.T) - np.eye(3)).max() < 0.02
+    quarters = {(int(a + 4) // 2, int(b + 4) // 2) for a, b, _ in many[:8]}
+    assert len(quarters) == 4                                                   # low and high of one with both of the other
 
 
 @pytest.mark.parametrize("spec, values", [
@@ -101,7 +106,7 @@ def test_a_random_search_is_the_same_again_and_grows_with_its_budget_and_its_par
     four = points(tmp_path, text % 4)
     assert points(tmp_path, text % 4) == four == points(tmp_path, text % 9)[:4]
     assert len({each["steps"] for each in four}) == 4
-    more = points(tmp_path, (text % 4).replace("parameters: {", "parameters: {seq_len: {values: [64, 128]}, "))
+    more = points(tmp_path, (text % 4).replace("max: 2.0}}", "max: 2.0}, seq_len: {values: [64, 128]}}"))
     assert [{**each, "seq_len": None} for each in more] == [{**each, "seq_len": None} for each in four]
 
 

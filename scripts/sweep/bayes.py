@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from harness.rundir import write_text
 from scripts.judge import spread
 from scripts.sweep.candidates import draws
-from scripts.sweep.draw import Parameter, load_optuna, quantile, share
+from scripts.sweep.draw import Parameter, load_optuna, quantile, shares
 from scripts.sweep.file import Configuration, Sweep
 from scripts.sweep.plan import REFUSALS, Trial, configuration_id, trial_of
 from scripts.sweep.results import ENDED
@@ -113,7 +113,7 @@ def value_at(p: Parameter, place: float | int) -> Any:
 
 def places_of_draw(searched: list[Parameter], number: int) -> Places:
     """Where a random search's draw lies."""
-    places = {p.key: share(p, number) for p in searched}
+    places = shares(searched, number)
     return places | {p.key: p.spec["values"].index(quantile(p, places[p.key])) for p in searched if "values" in p.spec}
 
 

@@ -54,7 +54,7 @@ def draws(sweep: Sweep, base: str) -> list[tuple[int, Configuration]]:
     """Different configurations with the numbers of their draws: what was drawn before is drawn again."""
     found, wanted = [], min(sweep.budget, STARTUP) if sweep.method == "bayes" else sweep.budget
     for number in range(wanted * TRIES_A_DRAW):
-        point = Configuration(base, {each.key: drawn(each, number) for each in sweep.parameters_of(base)})
+        point = Configuration(base, drawn(sweep.parameters_of(base), number))
         if point not in [each for _, each in found]:
             found.append((number, point))
         if len(found) == wanted:

@@ -16,7 +16,8 @@ Without `distribution` it follows from the keys: value, values (with probabiliti
 are whole numbers, else uniform).
 """
 import math
-import zlib
+import warnings
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -122,18 +123,28 @@ def grid(p: Parameter) -> list:
     return [_digits(low + i * q, 12) for i in range(math.ceil((high - low) / q - 1e-9))]
 
 
-def share(p: Parameter, number: int) -> float:
-    """From 0 to 1, for draw `number` of a random search: always the same, whatever the other parameters are."""
-    return _shares(p.key, 1 << number.bit_length())[number]
+def shares(parameters: Sequence[Parameter], number: int) -> dict[str, float]:
+    """Dotted key -> from 0 to 1, for draw `number` of a random search; of those that are not constant.
+
+    Draws are quasi-random: they fill the space evenly, however few they are. They are always the same, and a parameter
+    behind the others leaves theirs as they are. Source: Bousquet et al. 2017, Critical Hyper-Parameters: No Random, No
+    Cry (arXiv:1706.03200).
+    """
+    keys = [p.key for p in parameters if p.distribution != "constant"]
+    return dict(zip(keys, _points(len(keys), 1 << number.bit_length())[number]))
 
 
 @cache
-def _shares(key: str, count: int) -> list[float]:
-    """The first `count` draws of Optuna's random sampler, seeded by the name of the parameter."""
+def _points(dimensions: int, count: int) -> list[list[float]]:
+    """The first `count` points of Optuna's scrambled Halton sequence."""
     optuna = load_optuna()
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=zlib.crc32(key.encode())))
-    space = {key: optuna.distributions.FloatDistribution(0.0, 1.0)}
-    return [study.ask(space).params[key] for _ in range(count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(sampler=optuna.samplers.QMCSampler(
+            qmc_type="halton", scramble=True, seed=0, warn_independent_sampling=False))
+    space = {f"{i:04}": optuna.distributions.FloatDistribution(0.0, 1.0) for i in range(dimensions)}
+    study.ask(space)                    # from here on Optuna knows the space; this one is no point of the sequence
+    return [list(study.ask(space).params.values()) for _ in range(count)] if space else [[]] * count
 
 
 def load_optuna() -> ModuleType:
@@ -151,9 +162,10 @@ def load_optuna() -> ModuleType:
     return optuna
 
 
-def drawn(p: Parameter, number: int) -> Any:
-    """The value of draw `number`."""
-    return quantile(p, share(p, number))
+def drawn(parameters: Sequence[Parameter], number: int) -> dict[str, Any]:
+    """The values of draw `number`."""
+    places = shares(parameters, number)
+    return {p.key: quantile(p, places.get(p.key, 0.0)) for p in parameters}
 
 
 def quantile(p: Parameter, u: float) -> Any:
