@@ -102,8 +102,10 @@ def munge(folder: Path) -> None:
     own.mkdir(mode=0o711)
     (own / "key").write_bytes(os.urandom(128))
     (own / "key").chmod(0o400)
-    subprocess.run(["munged", "--force", f"--key-file={own}/key", f"--socket={own}/socket",
-                    f"--pid-file={own}/munged.pid", f"--log-file={own}/log", f"--seed-file={own}/seed"], check=True, capture_output=True, timeout=30)
+    files = [f"--{option}={own}/{name}" for option, name in (
+        ("key-file", "key"), ("socket", "socket"), ("pid-file", "munged.pid"), ("log-file", "log"),
+        ("seed-file", "seed"))]
+    subprocess.run(["munged", "--force", *files], check=True, capture_output=True, timeout=30)
 
 
 def stop(pid: int) -> None:

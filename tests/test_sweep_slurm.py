@@ -18,6 +18,7 @@ from tests.conftest import ROOT, losses, the_run, train_elsewhere, train_here
 from tests.slurm_here import asked, slurm  # noqa: F401
 
 WAIT_S = 120
+STARTED = []                            # controllers, which a test that fails leaves behind
 QUICK = "import sys, scripts.sweep.slurm as s; s.ASK_EVERY_S = 0.5; from scripts.sweep.__main__ import entry; "
 
 
@@ -25,6 +26,9 @@ QUICK = "import sys, scripts.sweep.slurm as s; s.ASK_EVERY_S = 0.5; from scripts
 def quick(monkeypatch):
     monkeypatch.setattr(sweep_slurm, "ASK_EVERY_S", 0.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def write(tmp_path, text):
@@ -45,8 +49,9 @@ def long_run(tiny, tmp_path, steps=400, batch_tokens=64):
 
 def start(path, out, *slurm_keys):
     words = [path, "--out", str(out), "--slurm", *slurm_keys]
-    return subprocess.Popen([sys.executable, "-c", f"{QUICK}sys.exit(entry({words!r}))"], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    STARTED.append(subprocess.Popen([sys.executable, "-c", f"{QUICK}sys.exit(entry({words!r}))"], cwd=ROOT,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return STARTED[-1]
 
 
 def until(happened, what, controller=None):

@@ -1,9 +1,9 @@
 """Trials as jobs of a Slurm cluster: an array for each batch of waiting ones, submitted through submitit.
 
 Here is what runs where the sweep was started: submit, follow, tell. What runs on the nodes is in slurm_job.py, and
-docs/slurm.md is for users. Jobs outlive this process: job.json in a trial's folder says which job has the trial, so that
-the next call of the sweep follows it instead of submitting it again. Without accounting (`sacct`) the state of a job is
-what squeue says, and that of a trial what its own files say.
+docs/slurm.md is for users. Jobs outlive this process: job.json in a trial's folder says which job has the trial, so
+that the next call of the sweep follows it instead of submitting it again. Without accounting (`sacct`) the state of a
+job is what squeue says, and that of a trial what its own files say.
 """
 import json
 import shutil
