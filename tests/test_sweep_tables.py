@@ -236,7 +236,7 @@ def test_presets_are_compared_at_the_best_of_their_tuning_with_seeds_it_did_not_
     assert [muon[key] for key in ("optimizer ms", "step ms", "state MiB")] == ["1.23", "99.9", "3.0"]
     assert "peak MiB" not in muon and soap["step ms"] == ""
     said = "\n".join(results.notes)
-    for part in ("4 random draws each, with seed 7; reported: seeds 0, 1 and 2, which tuning did not see",
+    for part in ("4 draws each of a random search, with seed 7; reported: seeds 0, 1 and 2, which tuning did not see",
                  "Every preset had its 4 tuning trials.", "Holm for 2 comparisons", "packed alike",
                  "on a laptop, 2026-01-01"):
         assert part in said, part

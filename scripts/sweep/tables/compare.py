@@ -120,7 +120,7 @@ def _tuning(tuning: dict, best: dict, tuned: list[str], sweep: Sweep) -> Table:
 def _about_tuning(tuning: dict, sweep: Sweep) -> list[str]:
     """The budget, what each preset had of it, and the seeds."""
     each = len(sweep.tuning_seeds)
-    what = {"grid": "the grid of each", "random": f"{sweep.budget} random draws each",
+    what = {"grid": "the grid of each", "random": f"{sweep.budget} draws each of a random search",
             "bayes": f"{sweep.budget} configurations each by Bayesian search"}[sweep.method]
     notes = [f"Tuning: {what}, with seed{'s' * (each > 1)} {listed(sweep.tuning_seeds)}; reported: "
              f"seed{'s' * (len(sweep.seeds) > 1)} {listed(sweep.seeds)}, which tuning did not see."]
