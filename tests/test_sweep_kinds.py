@@ -170,3 +170,8 @@ def test_a_preset_is_a_sweep_of_one_trial(tiny, tmp_path):
     assert entry([str(tiny), "--out", str(tmp_path / "out")]) == 0
     (row,) = rows_of(tmp_path / "out")
     assert row["status"] == "finished" and row["steps"] == 12 and row["base"] == str(tiny)
+
+
+def test_a_change_that_changes_nothing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="model.softcap=None: describes the same run as demo/muon.yaml steps=5"):
+        plan(sweep(tmp_path, LADDER + "  nothing: {model.softcap: null}\n"), tmp_path)

@@ -63,7 +63,7 @@ def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list
                     problems.setdefault(line, each)
                 continue
             twin = found.setdefault(trial.name, trial)
-            if twin is not trial and twin.is_baseline:                # with the words that say more
+            if twin is not trial and twin.is_baseline and sweep.kind == "sweep":    # with the words that say more
                 found[trial.name] = twin._replace(configuration=each)
             elif twin is not trial:
                 problems.setdefault(f"describes the same run as {in_words(twin.configuration)}: what differs does not "
