@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+from harness.processes import EXIT_BAD_INPUT, EXIT_NOT_FINITE
 from harness.rundir import is_held, read_log, state_of, write_text
 from scripts.sweep.plan import Trial, configuration_id
 
@@ -35,6 +36,17 @@ def failure_of(trial: Trial) -> dict | None:
         return json.loads((trial.folder / "failure.json").read_text())
     except (OSError, json.JSONDecodeError):
         return None
+
+
+def note_failure(trial: Trial, code: int | None, error: str | None = None) -> dict:
+    """Write failure.json: what an attempt ended with, in words the last line that it printed; what stands there."""
+    output = trial.folder / "output.txt"
+    lines = output.read_text(errors="replace").splitlines() if output.exists() else []
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    kind = {EXIT_BAD_INPUT: "refused", EXIT_NOT_FINITE: "not_finite"}.get(code, "crashed")
+    failure = dict(status=kind, code=code, error=error or f"exit code {code}: {said}")
+    write_text(trial.folder / "failure.json", json.dumps(failure) + "\n")
+    return failure
 
 
 def pruned_of(trial: Trial) -> dict | None:

@@ -1,6 +1,5 @@
 """Trials as processes: one to a slot, retried once, stopped and continued by the trainer's own exit code."""
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -11,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.processes import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_REQUEUE
-from harness.rundir import PROJECT, write_text
+from harness.processes import EXIT_REQUEUE
+from harness.rundir import PROJECT
 from scripts.sweep.pack import Slot
 from scripts.sweep.plan import Trial, write
-from scripts.sweep.results import FINAL, status_of
+from scripts.sweep.results import FINAL, note_failure, status_of
 
 ATTEMPTS = 2                            # of a trial that crashes, in one call of the sweep
 LOOK_EVERY_S = 0.2
@@ -137,9 +136,6 @@ def _ended(going: Going, stopping: bool) -> tuple[str, bool]:
         return status.replace("_", " "), False
     if stopping or code == EXIT_REQUEUE:
         return "stopped", not stopping and going.attempt < ATTEMPTS
-    said = [line for line in (trial.folder / "output.txt").read_text(errors="replace").splitlines() if line.strip()]
-    kind = {EXIT_BAD_INPUT: "refused", EXIT_NOT_FINITE: "not_finite"}.get(code, "crashed")
-    again = kind == "crashed" and going.attempt < ATTEMPTS
-    error = f"exit code {code}: {said[-1].strip() if said else 'it printed nothing'}"
-    write_text(trial.folder / "failure.json", json.dumps(dict(status=kind, code=code, error=error)) + "\n")
-    return f"{kind}, {error} ({trial.folder / 'output.txt'})", again
+    failure = note_failure(trial, code)
+    again = failure["status"] == "crashed" and going.attempt < ATTEMPTS
+    return f"{failure['status']}, {failure['error']} ({trial.folder / 'output.txt'})", again

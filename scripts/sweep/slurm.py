@@ -18,7 +18,7 @@ from typing import NamedTuple
 from harness.rundir import write_text
 from harness.yaml_tree import ConfigError
 from scripts.sweep.plan import Trial, write
-from scripts.sweep.results import FINAL, failure_of, status_of
+from scripts.sweep.results import FINAL, failure_of, note_failure, status_of
 from scripts.sweep.run import ATTEMPTS, Signals
 
 ASK_EVERY_S = 10.0                      # squeue: every controller on a cluster asks the one slurmctld
@@ -225,7 +225,6 @@ def _follow(each: Queued, states: dict[str, tuple[str, str]], changed: Callable[
         return False
     failure = failure_of(each.trial)
     if failure is None:
-        failure = dict(status="crashed", code=None, error=f"job {each.job} ended: {state or 'gone from the queue'}")
-        write_text(each.trial.folder / "failure.json", json.dumps(failure) + "\n")
+        failure = note_failure(each.trial, None, f"job {each.job} ended: {state or 'gone from the queue'}")
     changed(each.trial, f"{failure['status']}, {failure['error']} ({each.trial.folder / 'output.txt'})")
     return failure["status"] == "crashed" and each.attempt < ATTEMPTS

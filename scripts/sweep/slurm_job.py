@@ -9,7 +9,6 @@ What asks a job to stop, and what the trainer hears of it (it finishes its step,
 After each of them the job requeues itself, unless Slurm is ending or has requeued it already, and continues by
 `--resume auto` when it starts again.
 """
-import json
 import os
 import shutil
 import signal
@@ -24,11 +23,11 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import DelayedSubmission
 
-from harness.processes import EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_REQUEUE
-from harness.rundir import PROJECT, ResumeError, hold, state_of, write_text
+from harness.processes import EXIT_REQUEUE
+from harness.rundir import PROJECT, ResumeError, hold, state_of
 from scripts.sweep.pack import Slot
 from scripts.sweep.plan import Trial
-from scripts.sweep.results import FINAL, run_of, status_of
+from scripts.sweep.results import FINAL, note_failure, run_of, status_of
 
 IDLE_STARTS = 3                         # as often a job may stop without a further checkpoint before it gives up
 FIRST_PORT, PORTS = 12000, 20000        # of rendezvous: below Linux's own choices, which begin at 32768
@@ -70,7 +69,7 @@ class Job:
         idle = 0 if saved > self.saved else self.idle + 1
         if idle >= IDLE_STARTS:
             error = f"stopped {idle} times without a newer checkpoint; give it more time="
-            _note(self.trial, "crashed", EXIT_REQUEUE, error)
+            note_failure(self.trial, EXIT_REQUEUE, error)
             return None
         return DelayedSubmission(replace(self, saved=saved, idle=idle))
 
@@ -118,20 +117,13 @@ class Job:
         return summary.stat().st_mtime_ns if summary and summary.exists() else None
 
     def _fail(self, code: int) -> None:
-        said = [line for line in (self.trial.folder / "output.txt").read_text(errors="replace").splitlines()
-                if line.strip()]
-        kind = {EXIT_BAD_INPUT: "refused", EXIT_NOT_FINITE: "not_finite"}.get(code, "crashed")
-        _note(self.trial, kind, code, f"exit code {code}: {said[-1].strip() if said else 'it printed nothing'}")
+        note_failure(self.trial, code)
         sys.exit(1)                                                   # for srun: it ends the other nodes' tasks
 
 
 def _ignore() -> None:
     """Slurm signals every process of a step, and this one would end those that do not know it."""
     signal.signal(PREEMPT, signal.SIG_IGN)
-
-
-def _note(trial: Trial, status: str, code: int, error: str) -> None:
-    write_text(trial.folder / "failure.json", json.dumps(dict(status=status, code=code, error=error)) + "\n")
 
 
 def _is_running() -> bool:
