@@ -125,6 +125,10 @@ def test_presets_that_differ_in_more_than_the_optimizer_are_not_compared(presets
     presets["adam"].write_text(presets["adam"].read_text() + "grad_clip: 1.0\n")
     with pytest.raises(ConfigError, match="adam.yaml: grad_clip is 1.0, but None in .*; set grad_clip in parameters"):
         plan(sweep(tmp_path, text), tmp_path)
+    within = COMPARE.format(**presets).replace("{value: 4}", "{values: [4, 5]}")
+    presets["adam"].write_text(presets["adam"].read_text().replace("grad_clip: 1.0\n", ""))
+    with pytest.raises(ConfigError, match="steps is 5, but 4 in .*; set steps in parameters, to one value"):
+        plan(sweep(tmp_path, within), tmp_path)                             # nor are draws of one preset
     equal = text.replace("steps: {value: 4}", "steps: {value: 4}, grad_clip: {value: 2.0}")
     assert len(plan(sweep(tmp_path, equal), tmp_path)) == 4
 
@@ -141,6 +145,7 @@ def test_every_preset_is_tuned_alike_and_its_best_runs_with_other_seeds(presets,
         assert len(tuning) == 2 and tuning[0]["val_loss"] != tuning[1]["val_loss"]
         assert [(row["seed"], row["parameters"]) for row in reported] == [(seed, best["parameters"]) for seed in (0, 1)]
         assert all(row["status"] == "finished" for row in tuning + reported)
+    assert not list(out.glob("trials/*/*/checkpoints"))
     assert (out / "sweep.yaml").read_text() == path.read_text()
     capsys.readouterr()
     assert entry([str(path), "--out", str(out), "--jobs", "1", "--dry-run"]) == 0       # now all eight are known
@@ -170,6 +175,7 @@ def test_a_preset_is_a_sweep_of_one_trial(tiny, tmp_path):
     assert entry([str(tiny), "--out", str(tmp_path / "out")]) == 0
     (row,) = rows_of(tmp_path / "out")
     assert row["status"] == "finished" and row["steps"] == 12 and row["base"] == str(tiny)
+    assert list((tmp_path / "out" / row["run"] / "checkpoints").glob("*.pt"))       # it was run for its weights
 
 
 def test_a_change_that_changes_nothing_is_refused(tmp_path):

@@ -97,7 +97,9 @@ def test_a_crash_is_retried_once_and_reported_and_stops_no_other_trial(tiny, tmp
 
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert entry([path, "--out", str(out), *jobs]) == 2
+        (tmp_path / "other.yaml").write_text(Path(path).read_text() + "\n# edited meanwhile\n")
+        assert entry([str(tmp_path / "other.yaml"), "--out", str(out), *jobs]) == 2
+    assert (out / "sweep.yaml").read_text() == Path(path).read_text()               # that of who runs it
     assert capsys.readouterr().err == f"error: {out}: another process is running this sweep\n"
 
 

@@ -300,7 +300,7 @@ def test_presets_without_results_say_why():
     assert [line["chosen"] for line in texts(tuning) if line["preset"] == "soap"] == ["", "", "", ""]
     crashed = [row(Configuration(base, {"lr": 0.1}), 7, None, "crashed") for base in RACE.bases]
     results, tuning = tables(crashed, RACE._replace(budget=1))
-    assert {line["not finished"] for line in texts(results)} == {"no configuration finished with all tuning seeds"}
+    assert {line["not finished"] for line in texts(results)} == {"no configuration has a val_loss at all tuning seeds"}
     assert "Every preset had 0 of its 1 tuning trials." in results.notes
     assert tables([], RACE)[0].rows and "tuning: 0 of 4 trials ended" in markdown(tables([], RACE)[0])
 

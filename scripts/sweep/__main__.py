@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.arguments import Parser
+from data.arguments import Parser, at_least
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -25,18 +25,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="its folder; default runs/sweeps/<file name>")
     for name, what in (("jobs", "trials at once, at most"), ("cores-per-trial", "on a CPU; default all of them / jobs"),
                        ("gpus-per-trial", "default 1; above it trials run under torchrun")):
-        parser.add_argument(f"--{name}", type=count, metavar="N", help=what)
+        parser.add_argument(f"--{name}", type=at_least(1), metavar="N", help=what)
     parser.add_argument("--slurm", nargs="*", metavar="KEY=VALUE",
                         help="submit to Slurm: partition= time= (minutes) nodes= gpus_per_node= ... (docs/slurm.md)")
     parser.add_argument("--dry-run", action="store_true", help="check every trial and say what would run")
     parser.add_argument("--table", action="store_true", help="print the ranking of what is finished")
     return parser.parse_args(argv)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
-    return int(text)
 
 
 def main(argv: list[str]) -> int:
@@ -85,12 +79,12 @@ def main(argv: list[str]) -> int:
 
     # ------------------------------------------------------------ 3. the trials
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "sweep.yaml", args.file.read_text(encoding="utf-8"))
     lock = open(out / ".lock", "w")                                   # the system gives it back however we end
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise file.ConfigError(f"{out}: another process is running this sweep") from None
+    write_text(out / "sweep.yaml", args.file.read_text(encoding="utf-8"))
     rows = {trial.name: row(trial, out) for trial in trials}
     write_results(list(rows.values()), out)
     show = Show(len(trials))
@@ -100,12 +94,18 @@ def main(argv: list[str]) -> int:
     def changed(trial: plan.Trial, what: str) -> None:
         rows[trial.name] = row(trial, out)
         write_results(list(rows.values()), out)
-        ended = rows[trial.name]["status"] in FINAL and run_of(trial)
-        if ended and "keep_checkpoints" not in trial.configuration.parameters:        # tens of MB each, read by nobody
-            shutil.rmtree(ended / "checkpoints", ignore_errors=True)
+        if what.startswith("started"):
+            rows[trial.name]["status"] = "running"                    # its run directory comes in seconds
+        if keeps_none(trial) and (run := run_of(trial)):
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
         loss = rows[trial.name]["val_loss"]
         show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {trial.label}: {what}"
                  + (f", val_loss {loss:.4f}" if what == "finished" else ""))
+
+    def keeps_none(trial: plan.Trial) -> bool:                        # of tens of MB each, which nobody reads
+        alone = trial.configuration.base == str(sweep.path)           # a preset by itself: its weights are the point
+        return (rows[trial.name]["status"] in ("finished", "pruned") and not alone
+                and "keep_checkpoints" not in trial.configuration.parameters)
 
     def look(going: list[Going], waiting: int) -> None:
         show.look(going, waiting)
@@ -144,12 +144,20 @@ def main(argv: list[str]) -> int:
     failed = [each for each in rows.values() if each["status"] not in FINAL]
     for each in failed:
         print(f"error: trial {each['trial']}: {each['status']}; {each['error'] or 'it did not end'}", file=sys.stderr)
-    return 1 if failed else 0
+    reported = {each["base"] for each in rows.values() if each["seed"] in sweep.seeds}
+    lost = [base for base in sweep.bases if base not in reported] if sweep.kind == "compare" else []
+    for base in lost:
+        print(f"error: {base}: no configuration has a {sweep.metric} at all tuning seeds, so none was reported",
+              file=sys.stderr)
+    return 1 if failed or lost else 0
 
 
 def entry(argv: list[str]) -> int:
     try:
         return main(argv)
+    except KeyboardInterrupt:                   # while planning, measuring costs or printing: trials have their own
+        print("stopped by a signal; the same command continues it", file=sys.stderr)
+        return 75
     except ValueError as error:                 # our own refusals are subclasses of it: ConfigError, ShardError, ...
         if type(error).__module__.split(".")[0] not in ("scripts", "harness", "data", "optim", "model"):
             raise

@@ -119,7 +119,7 @@ def places_of_draw(searched: list[Parameter], number: int) -> Places:
 
 def _inside(searched: list[Parameter], places: Places) -> bool:
     return places.keys() == {p.key for p in searched} \
-        and all(places[p.key] < len(p.spec["values"]) for p in searched if "values" in p.spec)
+        and all(places[p.key] in range(len(p.spec["values"])) for p in searched if "values" in p.spec)
 
 
 def _told(places: Places, each: Configuration, sweep: Sweep, rows: dict[str, dict]) -> Told:

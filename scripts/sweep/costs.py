@@ -83,12 +83,9 @@ def measure_in(slot: Slot, out: Path) -> str | None:
     """Measure in a process that has of the machine what a trial had; why that failed, or None. Trials must be over."""
     from scripts.sweep.run import settle
     one = slot._replace(gpus=slot.gpus[:1])
-    try:
-        done = subprocess.run([sys.executable, "-m", "scripts.sweep.costs", str(out)],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, **one.environment(out)}, preexec_fn=settle(one))
-    except KeyboardInterrupt:
-        return "costs not measured: stopped by a signal; the same command measures them"
+    done = subprocess.run([sys.executable, "-m", "scripts.sweep.costs", str(out)],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, **one.environment(out)}, preexec_fn=settle(one))
     if done.returncode == 0:
         return None
     said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -154,9 +154,12 @@ def read(path: Path) -> Sweep:
         each = max(1, len(tuning_seeds or seeds)) * len(bases)                  # trials of a draw
         if budget is None and run_cap is None:
             raise refuse(f"{method} goes on for ever; write budget (configurations) or run_cap (trials)", "method")
-        if (run_cap or each) < each:
-            raise refuse(f"{run_cap} trials, but one draw is {each}: every preset with every seed", "run_cap")
-        budget = min(budget or run_cap, (run_cap or each * budget) // each)
+        if run_cap is not None:
+            spare = run_cap - ("baseline" in own) * max(1, len(seeds))
+            if spare < each:
+                raise refuse(f"{run_cap} trials, but one draw is {each}: every preset with every seed" +
+                             ", after the baseline" * ("baseline" in own), "run_cap")
+            budget = min(budget or spare, spare // each)
     metric, maximize = _metric(said.get("metric"), refuse)
     baseline = own.get("baseline", {} if "changes" in own else None)
     if baseline is not None:

@@ -73,20 +73,20 @@ def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list
         more = [f"{sweep.path}: and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
         raise ConfigError("\n".join(lines[:MOST_PROBLEMS] + more))
     if sweep.kind == "compare":
-        _check_fair(sweep, {trial.configuration.base: trial.config for trial in found.values()})
+        _check_fair(sweep, list(found.values()))
     return list(found.values())[:sweep.run_cap]
 
 
-def _check_fair(sweep: Sweep, configs: dict[str, Config]) -> None:
-    """Presets that are compared differ in `optim` alone: same model, data, schedule, steps, averaging."""
-    of = {base: {key: value for key, value in flat(asdict(config)) if key not in MAY_DIFFER}
-          for base, config in configs.items()}
-    first, one = next(iter(of.items()))
-    for base, other in of.items():
+def _check_fair(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """All trials of a comparison differ in `optim` alone: same model, data, schedule, steps, averaging."""
+    of = [(trial.configuration.base, {key: value for key, value in flat(asdict(trial.config)) if key not in MAY_DIFFER})
+          for trial in trials]
+    (first, one), *others = of
+    for base, other in others:
         if differing := sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key)):
             key = differing[0]
             raise ConfigError(f"{sweep.path}: {base}: {key} is {other.get(key)}, but {one.get(key)} in {first}: what "
-                              f"is compared differs in optim alone; set {key} in parameters")
+                              f"is compared differs in optim alone; set {key} in parameters, to one value")
 
 
 def reporting(sweep: Sweep, rows: Sequence[dict], out: Path, ended: Sequence[str]) -> list[Trial]:
@@ -105,7 +105,7 @@ def reporting(sweep: Sweep, rows: Sequence[dict], out: Path, ended: Sequence[str
         if best is not None:
             each = Configuration(base, next(r["parameters"] for r in tuning if r["configuration"] == best))
             trials += [trial_of(each, seed, sweep, out, set()) for seed in sweep.seeds]
-    return trials
+    return sorted(trials, key=lambda trial: sweep.seeds.index(trial.config.seed))    # presets in turns: machines drift
 
 
 def chosen(tuning: Sequence[dict], sweep: Sweep) -> str | None:

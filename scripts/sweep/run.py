@@ -56,12 +56,13 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
         more: called when there is room and nothing waits; trials to add, or none.
     """
     waiting = [(trial, 1) for trial in trials if status_of(trial) not in FINAL]
-    going, told, free = [], 0, list(slots)
+    going, told, free, asked = [], 0, list(slots), False
     signals = Signals()
     try:
         while True:
-            if free and not waiting and not signals.count:
+            if free and not waiting and not signals.count and not asked:
                 waiting += [(trial, 1) for trial in more()]
+                asked = not waiting                                   # there are more when another trial has ended
             if not going and (signals.count or not waiting):
                 break
             for trial, attempt in list(waiting) if free and not signals.count else ():
@@ -70,6 +71,7 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
                     continue
                 waiting.remove((trial, attempt))
                 if status in FINAL:
+                    asked = False
                     changed(trial, status.replace("_", " "))
                     continue
                 going.append(_start(trial, free.pop(0), attempt, out))
@@ -78,9 +80,10 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
             if signals.count > told:
                 told = signals.count
                 for each in going:
-                    end(each) if told == 1 else os.killpg(each.process.pid, signal.SIGKILL)
+                    tell(each.process, signal.SIGTERM if told == 1 else signal.SIGKILL)
             for each in [each for each in going if each.process.poll() is not None]:
                 going.remove(each)
+                asked = False
                 free = sorted([*free, each.slot])
                 status, again = _ended(each, bool(signals.count))
                 if again:
@@ -96,7 +99,21 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
 
 def end(going: Going) -> None:
     """Ask a trial to save and end."""
-    os.kill(going.process.pid, signal.SIGTERM)
+    tell(going.process, signal.SIGTERM)
+
+
+def tell(process: subprocess.Popen, number: int) -> None:
+    """Signal the trainer, or those under torchrun: itself it would give them 30 s to save, and its death no notice."""
+    pids, several = [process.pid], "torch.distributed.run" in process.args
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if several else []
+    except OSError:                                                   # it has just ended, or this is no Linux
+        children = []
+    for pid in children or pids:
+        try:
+            os.kill(int(pid), number)
+        except ProcessLookupError:
+            pass
 
 
 def _start(trial: Trial, slot: Slot, attempt: int, out: Path) -> Going:

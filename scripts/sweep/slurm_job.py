@@ -28,6 +28,7 @@ from harness.rundir import PROJECT, ResumeError, hold, state_of
 from scripts.sweep.pack import Slot
 from scripts.sweep.plan import Trial
 from scripts.sweep.results import FINAL, note_failure, run_of, status_of
+from scripts.sweep.run import tell
 
 IDLE_STARTS = 3                         # as often a job may stop without a further checkpoint before it gives up
 FIRST_PORT, PORTS = 12000, 20000        # of rendezvous: below Linux's own choices, which begin at 32768
@@ -85,7 +86,7 @@ class Job:
                  "--resume", "auto"], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env={**os.environ, **caches}, preexec_fn=_ignore)
             if self.stopping:
-                self._forward(signal.SIGTERM)
+                tell(self.process, signal.SIGTERM)
             return self.process.wait()
 
     def _launcher(self, job: submitit.JobEnvironment) -> list[str]:
@@ -99,17 +100,7 @@ class Job:
     def _stop(self, number: int, frame) -> None:
         self.stopping = True
         if self.process is not None:
-            self._forward(signal.SIGUSR1 if number == PREEMPT else signal.SIGTERM)
-
-    def _forward(self, number: int) -> None:
-        """To the trainer, or to those under torchrun: itself it would give them 30 s to save."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        several = "torch.distributed.run" in self.process.args
-        for pid in children.read_text().split() if several and children.exists() else [self.process.pid]:
-            try:
-                os.kill(int(pid), number)
-            except ProcessLookupError:
-                pass
+            tell(self.process, signal.SIGUSR1 if number == PREEMPT else signal.SIGTERM)
 
     def _summary_written(self) -> int | None:
         run = run_of(self.trial)

@@ -72,7 +72,7 @@ def groups(folder: Folder) -> list[Group]:
     def rank(group: Group) -> tuple:
         reached = list(final(group, sweep.metric).values())
         mean = spread(reached).mean if reached else 0.0
-        return group.tuning, not reached, -mean if sweep.maximize else mean
+        return group.tuning, not reached, len(reached) < len(group.trials), -mean if sweep.maximize else mean
     return sorted(found, key=rank)
 
 

@@ -97,7 +97,7 @@ def _why_none(tuning: Sequence[dict], best: dict | None, sweep: Sweep) -> str:
     ended, planned = sum(row["status"] in ENDED for row in tuning), _planned(tuning, sweep)
     if ended < planned:
         return f"tuning: {ended} of {planned} trials ended"
-    return "waiting" if best else "no configuration finished with all tuning seeds"
+    return "waiting" if best else f"no configuration has a {sweep.metric} at all tuning seeds"
 
 
 def _tuning(tuning: dict, best: dict, tuned: list[str], sweep: Sweep) -> Table:
