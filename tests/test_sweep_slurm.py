@@ -126,7 +126,8 @@ def test_trials_are_one_array_and_reach_what_they_reach_here_and_a_crash_is_retr
 
 
 def test_a_job_that_is_preempted_in_any_way_saves_is_requeued_and_goes_on_though_nobody_follows(slurm, tiny, tmp_path):
-    path, out, keys = long_run(tiny, tmp_path)
+    steps = 3000                        # seconds enough for all that follows, on a fast machine too
+    path, out, keys = long_run(tiny, tmp_path, steps)
     controller = start(path, out, "time=30")
     until(lambda: steps_done(out) >= 3, "its first steps", controller)
     controller.send_signal(signal.SIGINT)
@@ -143,7 +144,7 @@ def test_a_job_that_is_preempted_in_any_way_saves_is_requeued_and_goes_on_though
         preempt()
         until(lambda: jobs(out) == {job: "PENDING"}, "the queue", controller)
         summary = json.loads((run_in(out) / "summary.json").read_text())
-        assert summary["status"] == "stopped" and reached < summary["steps"] < 400
+        assert summary["status"] == "stopped" and reached < summary["steps"] < steps
         reached = summary["steps"]
         asked("scontrol", "update", f"JobId={job}", "StartTime=now")                           # else in two minutes
     said, _ = controller.communicate(timeout=WAIT_S)
