@@ -25,6 +25,17 @@ def exit_with(main) -> None:
     sys.exit(code)
 
 
+def or_refused(main, argv: list[str]) -> int:
+    """The code that main(argv) returns; 2 and a line for each problem where our own code refuses its input."""
+    try:
+        return main(argv)
+    except ValueError as error:                 # refusals are subclasses of it: ConfigError, ShardError, ...
+        if type(error).__module__.split(".")[0] not in ("scripts", "harness", "data", "optim", "model"):
+            raise
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+
+
 def line_of(error: Exception) -> str:
     """What an exception says, on one line; of the system's errors the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None:

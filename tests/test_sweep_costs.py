@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from data.arguments import or_refused
 from harness.load import load
 from model.gpt import GPT
 from scripts.sweep import costs, file, pack, plan
@@ -130,8 +131,8 @@ def test_a_sweep_measures_in_a_process_with_a_trial_s_share_of_the_machine(ended
 
 
 def test_a_folder_that_is_no_comparison_s_is_one_line(ended, capsys):
-    assert costs.entry([str(ended / "trials")]) == 2
+    assert or_refused(costs.main, [str(ended / "trials")]) == 2
     (ended / "sweep.yaml").write_text("method: grid\nbase: demo/muon.yaml\nparameters: {steps: {value: 3}}\n")
-    assert costs.entry([str(ended)]) == 2
+    assert or_refused(costs.main, [str(ended)]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "no sweep.yaml, so no sweep ran there" in first and "this sweep has no tuning_seeds" in second

@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.arguments import Parser, at_least
+from data.arguments import Parser, at_least, or_refused
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -154,15 +154,10 @@ def main(argv: list[str]) -> int:
 
 def entry(argv: list[str]) -> int:
     try:
-        return main(argv)
+        return or_refused(main, argv)
     except KeyboardInterrupt:                   # while planning, measuring costs or printing: trials have their own
         print("stopped by a signal; the same command continues it", file=sys.stderr)
         return 75
-    except ValueError as error:                 # our own refusals are subclasses of it: ConfigError, ShardError, ...
-        if type(error).__module__.split(".")[0] not in ("scripts", "harness", "data", "optim", "model"):
-            raise
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

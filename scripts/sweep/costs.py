@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")         # as train.py does, and before torch is loaded
 
-from data.arguments import Parser
+from data.arguments import Parser, or_refused
 from harness.rundir import write_text
 from harness.yaml_tree import ConfigError
 from scripts.sweep.pack import Slot
@@ -153,15 +153,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def entry(argv: list[str]) -> int:
-    try:
-        return main(argv)
-    except ValueError as error:                 # our own refusals are subclasses of it: ConfigError, ShardError, ...
-        if type(error).__module__.split(".")[0] not in ("scripts", "harness", "data", "optim", "model"):
-            raise
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(entry(sys.argv[1:]))
+    sys.exit(or_refused(main, sys.argv[1:]))
