@@ -11,7 +11,7 @@ from scripts.sweep.file import Configuration
 from scripts.sweep.plan import configuration_id
 from scripts.sweep.report.folder import Folder, Trial, finite, is_tuning, shown
 from scripts.sweep.tables import effects as paired_effects
-from scripts.sweep.tables.cells import grouped
+from scripts.sweep.tables.ladder import answers
 
 # Okabe and Ito's colours, which the colour-blind tell apart, less their yellow, which white paper swallows.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C3E")
@@ -129,16 +129,9 @@ def effects(folder: Folder) -> list[Effect]:
     """Of each of a ladder's comparisons that has a mean difference, in the file's order."""
     if folder.sweep.kind != "ladder":
         return []
-    rows, compared = grouped(folder.rows), comparisons(folder.sweep)
-    asked = [tuple(map(configuration_id, (each.of, each.against))) for each in compared]
-    m = len(set(map(frozenset, asked)))                               # a rung may ask what a change alone did
-    found = [paired_effects.effect(rows.get(of, []), rows.get(against, []), folder.sweep.metric, m, ("", ""))
-             for of, against in asked]
-    each_once = dict(zip(map(frozenset, asked), found))
-    ps = dict(zip(each_once, paired_effects.adjusted(list(each_once.values()))))
-    return [Effect(each.change, each.family, of.n, of.mean, of.test and of.test.low, of.test and of.test.high,
-                   of.test is not None and ps[frozenset(pair)] < paired_effects.ALPHA)
-            for each, pair, of in zip(compared, asked, found) if of.mean is not None]
+    return [Effect(asked.change, asked.family, of.n, of.mean, of.test and of.test.low, of.test and of.test.high,
+                   of.test is not None and p < paired_effects.ALPHA)
+            for asked, of, p in answers(folder.rows, folder.sweep)[0] if of.mean is not None]
 
 
 # ---- a search's draws

@@ -1,5 +1,6 @@
 """The tables of a ladder: what each change does, and what every configuration reached."""
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from scripts.sweep.candidates import Comparison, comparisons, label
 from scripts.sweep.file import Sweep
@@ -15,28 +16,39 @@ TITLES = {"added alone": "Added alone: each change to the baseline, without the 
           "rung": "Rungs: each change on top of those before it, in their order"}
 
 
+class Answer(NamedTuple):
+    """Of one comparison; a rung may ask again what a change alone did: one comparison, one p."""
+
+    asked: Comparison
+    effect: effects.Effect
+    p: float | None                     # by Holm, over all different comparisons
+
+
+def answers(rows: Sequence[dict], sweep: Sweep) -> tuple[list[Answer], int]:
+    """(Those of a ladder, in the order of its file; the number of different comparisons.)"""
+    groups, found = grouped(rows), comparisons(sweep)
+    pairs = [frozenset(map(configuration_id, (each.of, each.against))) for each in found]
+    m, measured_of = len(set(pairs)), []
+    for each in found:
+        names = ("with it", "without it") if each.family != "left out of all" else ("without it", "with it")
+        measured_of.append(effects.effect(groups.get(configuration_id(each.of), []),
+                                          groups.get(configuration_id(each.against), []), sweep.metric, m, names))
+    once = dict(zip(pairs, measured_of))
+    ps = dict(zip(once, effects.adjusted(list(once.values()))))
+    return [Answer(each, of, ps[pair]) for each, of, pair in zip(found, measured_of, pairs)], m
+
+
 def ladder(rows: Sequence[dict], sweep: Sweep) -> list[Table]:
     """A table a family of comparisons, by size of the effect (rungs in their order), and one of the configurations."""
-    groups, found = grouped(rows), comparisons(sweep)
-    asked = {frozenset(map(configuration_id, (each.of, each.against))): each for each in found}
-    m = len(asked)                      # a rung may ask again what a change added alone did: one comparison, one p
-
-    def effect(each: Comparison) -> effects.Effect:
-        names = ("with it", "without it") if each.family != "left out of all" else ("without it", "with it")
-        return effects.effect(groups.get(configuration_id(each.of), []), groups.get(configuration_id(each.against), []),
-                              sweep.metric, m, names)
-
-    answers = {key: effect(each) for key, each in asked.items()}
-    ps = dict(zip(answers, effects.adjusted(list(answers.values()))))
+    groups, (found, m) = grouped(rows), answers(rows, sweep)
     noun = "loss" if sweep.metric in ("val_loss", "val_loss_avg") else sweep.metric
     planned, made_so_far = sweep.seeds or (None,), []
-    for family in dict.fromkeys(each.family for each in found):
-        measured_here = [(each, effect(each)) for each in found if each.family == family]
+    for family in dict.fromkeys(each.asked.family for each in found):
+        of_family = [each for each in found if each.asked.family == family]
         if family != "rung":
-            measured_here.sort(key=lambda pair: (pair[1].mean is None, -abs(pair[1].mean or 0.0)))
+            of_family.sort(key=lambda each: (each.effect.mean is None, -abs(each.effect.mean or 0.0)))
         lines = []
-        for each, of in measured_here:
-            p = ps[frozenset(map(configuration_id, (each.of, each.against)))]
+        for each, of, p in of_family:
             with_it, without = (of.of, of.against) if family != "left out of all" else (of.against, of.of)
             name = f"without {each.change}" if family == "left out of all" else each.change
             lines.append([Cell(name, name), Cell(said := _sets(each), said), Cell(f"{of.n} of {len(planned)}", of.n),
@@ -46,8 +58,9 @@ def ladder(rows: Sequence[dict], sweep: Sweep) -> list[Table]:
         less = "without less with" if family == "left out of all" else "with less without"
         columns = ("change", "sets", "pairs", f"{sweep.metric} with it", "without it", less, *effects.COLUMNS)
         made_so_far.append(made(TITLES[family], columns, lines, [], columns[:3]))
-    made_so_far[0].notes.extend(effects.notes(m, list(answers.values())) + _missing(found, groups, sweep))
-    return [*made_so_far, _configurations(found, groups, sweep)]
+    made_so_far[0].notes.extend(effects.notes(m, [each.effect for each in found])
+                                + _missing([each.asked for each in found], groups, sweep))
+    return [*made_so_far, _configurations([each.asked for each in found], groups, sweep)]
 
 
 def _the(noun: str) -> str:
