@@ -66,8 +66,8 @@ def test_a_ladder_has_each_change_alone_and_left_out_with_what_is_built_on_it(tm
                                    if key != "model.embed_shortcut"}
 
 
-def test_rungs_add_the_changes_up_and_share_trials_with_the_other_families(tmp_path):
-    with_rungs = sweep(tmp_path, LADDER + "rungs: true\n")
+def test_rungs_add_the_changes_up_and_share_trials_with_the_other_families(tiny, tmp_path):
+    with_rungs = sweep(tmp_path, LADDER.replace("demo/muon.yaml", str(tiny)) + "rungs: true\n")
     rungs = [each for each in comparisons(with_rungs) if each.family == "rung"]
     assert [each.against for each in rungs[1:]] == [each.of for each in rungs[:-1]]
     tried = configurations(with_rungs)
@@ -178,6 +178,7 @@ def test_a_preset_is_a_sweep_of_one_trial(tiny, tmp_path):
     assert list((tmp_path / "out" / row["run"] / "checkpoints").glob("*.pt"))       # it was run for its weights
 
 
-def test_a_change_that_changes_nothing_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="model.softcap=None: describes the same run as demo/muon.yaml steps=5"):
-        plan(sweep(tmp_path, LADDER + "  nothing: {model.softcap: null}\n"), tmp_path)
+def test_a_change_that_changes_nothing_is_refused(tiny, tmp_path):
+    text = LADDER.replace("demo/muon.yaml", str(tiny)) + "  nothing: {model.softcap: null}\n"
+    with pytest.raises(ConfigError, match=f"model.softcap=None: describes the same run as {tiny} steps=5"):
+        plan(sweep(tmp_path, text), tmp_path)
