@@ -143,3 +143,39 @@ def test_a_sweep_that_is_stopped_or_killed_continues_its_trial_where_it_was(tiny
     assert [line["step"] for line in val] == [0, 250, 500]
     assert rows_of(out)[0]["status"] == "finished" and rows_of(out)[0]["steps"] == steps
     assert before.items() <= losses(the_run(out)).items()                       # nothing was trained anew
+
+
+TWO_RANKS = "import sys; from scripts.sweep import pack, __main__ as s; " \
+            "pack.slots = lambda *_: [pack.Slot(0, ('0', '1'), (), 1)]; sys.exit(s.entry(sys.argv[1:]))"
+
+
+@linux
+def test_ranks_under_torchrun_are_asked_to_save_and_are_ended_by_a_second_signal(tiny, tmp_path):
+    """A trial of two GPUs, which are gloo's here: torchrun itself would pass a signal on as its workers' death."""
+    steps = 1500
+    write_shard(tmp_path / "long.bin", (np.arange(64 * steps + 1) * 7 % 64).astype(np.uint16))
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nparameters: {{steps: {{value: {steps}}}, "
+                                f"data.train: {{value: {tmp_path / 'long.bin'}}}, batch_tokens: {{value: 64}}}}")
+
+    def workers():
+        found = subprocess.run(["pgrep", "-f", f"train.py --config {out}"], capture_output=True, text=True)
+        return found.stdout.split()
+
+    for signals in (1, 2):
+        before = steps_done(out)
+        sweep = subprocess.Popen([sys.executable, "-c", TWO_RANKS, path, "--out", str(out)], cwd=ROOT,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        until(lambda: steps_done(out) >= before + 3, sweep)
+        assert len(workers()) == 3                                              # torchrun and its two
+        if signals == 2:
+            for pid in workers():                                               # they do not listen
+                os.kill(int(pid), signal.SIGSTOP)
+            sweep.send_signal(signal.SIGTERM)
+            time.sleep(1)
+        sweep.send_signal(signal.SIGTERM)
+        said, _ = sweep.communicate(timeout=WAIT_S)
+        assert sweep.returncode == 75, said
+        until(lambda: not workers())
+        if signals == 1:
+            summary = json.loads((the_run(out) / "summary.json").read_text())
+            assert (summary["status"], summary["world_size"]) == ("stopped", 2) and 3 <= summary["steps"] < steps

@@ -109,7 +109,7 @@ def tell(process: subprocess.Popen, number: int) -> None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if several else []
     except OSError:                                                   # it has just ended, or this is no Linux
         children = []
-    for pid in children or pids:
+    for pid in [*children, *pids] if number == signal.SIGKILL else children or pids:
         try:
             os.kill(int(pid), number)
         except ProcessLookupError:
