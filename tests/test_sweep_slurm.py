@@ -77,6 +77,12 @@ def steps_done(out):
     return max((line["step"] for line in read_log(run)[0]), default=0) if run and (run / "log.jsonl").exists() else 0
 
 
+def start_again(job):
+    """Sooner than Slurm's two minutes, but not within the second in which slurmd killed it: a launch in that second
+    is refused ("Job credential revoked") and the job has failed."""
+    asked("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+
+
 def jobs(out):
     """Job -> state, of all that were ever submitted."""
     lines = asked("squeue", "--me", "--states=all", "--noheader", "--array", "--format=%i %T %j").splitlines()
@@ -146,7 +152,7 @@ def test_a_job_that_is_preempted_in_any_way_saves_is_requeued_and_goes_on_though
         summary = json.loads((run_in(out) / "summary.json").read_text())
         assert summary["status"] == "stopped" and reached < summary["steps"] < steps
         reached = summary["steps"]
-        asked("scontrol", "update", f"JobId={job}", "StartTime=now")                           # else in two minutes
+        start_again(job)
     said, _ = controller.communicate(timeout=WAIT_S)
     assert controller.returncode == 0 and "in the queue already" in said and "submitted" not in said, said
     assert jobs(out).keys() == {job} and rows_of(out)[0]["status"] == "finished"
@@ -163,7 +169,7 @@ def test_a_run_of_several_processes_meets_by_c10d_and_survives_preemption(slurm,
     asked("scancel", "--signal=USR2", job)
     until(lambda: jobs(out) == {job: "PENDING"}, "the queue", controller)
     assert json.loads((run_in(out) / "summary.json").read_text())["status"] == "stopped"
-    asked("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_again(job)
     said, _ = controller.communicate(timeout=WAIT_S)
     assert controller.returncode == 0, said
     assert json.loads((run_in(out) / "env.json").read_text())["world_size"] == 2
