@@ -225,11 +225,11 @@ def main(argv: list[str]) -> int:
         if directory is None:
             progress.say(f"seed {cfg.seed}: finished already, skipped")
             return 0
+        facts = dict(identity=identity, world_size=procs.world, device=processes.device_name(device),
+                     activation_dtype=str(dtype), compiled=compiled, attention=attention, micro_batch_rows=micro_rows,
+                     train_data=fingerprint(train.tokens.paths), val_data=fingerprint(val.tokens.paths))
         if procs.is_main and not resumed:
-            directory = rundir.create(cfg.runs_dir, cfg.name, cfg.seed, to_yaml(cfg), dict(
-                identity=identity, world_size=procs.world, device=processes.device_name(device),
-                activation_dtype=str(dtype), compiled=compiled, attention=attention,
-                train_data=fingerprint(train.tokens.paths), val_data=fingerprint(val.tokens.paths)))
+            directory = rundir.create(cfg.runs_dir, cfg.name, cfg.seed, to_yaml(cfg), facts)
         directory = Path(procs.broadcast(str(directory)))
         lock = rundir.hold(directory) if procs.is_main else None      # no second process continues this run meanwhile
         model.init_weights(cfg.seed)
@@ -241,8 +241,6 @@ def main(argv: list[str]) -> int:
         if path is not None:
             content = newest[1] if newest else checkpoint.load(path)
             start, target = content["step"], content["target"]
-            if content["micro_batch_rows"] != micro_rows:
-                progress.say(f"micro-batch {micro_rows} rows, was {content['micro_batch_rows']}: rounding differs")
             clock.ledger = {k: clock.ledger.get(k, 0.0) + s for k, s in content["ledger"].items()}
             with torch.no_grad():
                 for name, p in params.items():
@@ -252,6 +250,8 @@ def main(argv: list[str]) -> int:
             progress.say(f"resumed at step {start} from {path}")
         elif resumed:
             progress.say(f"resumed at step 0: {directory} has no intact checkpoint")
+        if resumed and procs.is_main and (changed := rundir.note_resume(directory, start, facts)):
+            progress.say(f"not as before it was interrupted: {changed}")
         sinks = (open_sinks(directory, cfg, start if resumed else None, clock.train_s, progress.say)
                  if procs.is_main else [])
         progress.say(f"run directory {directory}")
@@ -259,8 +259,7 @@ def main(argv: list[str]) -> int:
         def save(step: int) -> Path:
             clock.enter("checkpoint")
             content = dict(step=step, seed=cfg.seed, identity=identity, target=target, ledger=dict(clock.ledger),
-                           position=positions[step], micro_batch_rows=micro_rows, rng=torch.get_rng_state(),
-                           optimizer=optimizer.state_dict(),
+                           position=positions[step], rng=torch.get_rng_state(), optimizer=optimizer.state_dict(),
                            model={name: p.detach().cpu() for name, p in params.items()})
             where = directory / "checkpoints" / f"step_{step:06d}.pt"
             if procs.is_main:
@@ -274,7 +273,7 @@ def main(argv: list[str]) -> int:
             rundir.write_text(directory / "summary.json", json.dumps(dict(
                 status=status, steps=step, **last, target_val_loss=cfg.target_val_loss, target_on=cfg.target_on,
                 target_step=target.get("step"), target_train_s=target.get("train_s"), train_s=clock.train_s,
-                seed=cfg.seed, world_size=procs.world, tokens_per_s=tokens_per_s, micro_batch_rows=micro_rows,
+                seed=cfg.seed, world_size=procs.world, tokens_per_s=tokens_per_s,
                 peak_memory_bytes=memory, on_the_clock=["training"], ledger_s=clock.ledger), indent=1) + "\n")
 
         def note(report: InFlight) -> bool:

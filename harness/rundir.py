@@ -2,14 +2,16 @@
 
     runs/<name>-<seed>-<time>/
         config.yaml      the resolved configuration: `train.py --config` takes it again
-        env.json         versions, devices, git revision, command
+        env.json         versions, devices, git revision, command; `resumes`: where it went on, what was not as before
         source/          the project's own: `python RUN/source/train.py --config RUN/config.yaml` repeats the run
+        source-000120/   files that were not as in source/ when it went on from step 120
         log.jsonl        an object a step (train_loss, train_s, ...) and one a validation (val_loss, ...)
         summary.json     the result and the clock's ledger, with `status`
         checkpoints/     step_*.pt
         curve.png
 """
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -24,6 +26,8 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCE = ("train.py", "model/**/*.py", "optim/**/*.py", "data/**/*.py", "harness/**/*.py", "scripts/**/*.py",
           "configs/**/*.yaml", "configs/*.json", "requirements*.txt")
+COMPARED = ("device", "world_size", "cores", "platform", "versions", "activation_dtype", "compiled", "attention",
+            "micro_batch_rows", "git_revision", "git_dirty", "train_data", "val_data")
 
 
 def create(runs_dir: str, name: str, seed: int, config_yaml: str, facts: dict) -> Path:
@@ -37,13 +41,75 @@ def create(runs_dir: str, name: str, seed: int, config_yaml: str, facts: dict) -
         except FileExistsError:
             continue
     write_text(path / "config.yaml", config_yaml)
-    write_text(path / "env.json", json.dumps({**environment(), **facts}, indent=1) + "\n")
-    for pattern in SOURCE:
-        for file in PROJECT.glob(pattern):
-            target = path / "source" / file.relative_to(PROJECT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+    _write_origin(path, facts)
     return path
+
+
+def _write_origin(directory: Path, facts: dict) -> None:
+    write_text(directory / "env.json", json.dumps({**environment(), **facts}, indent=1) + "\n")
+    for pattern in SOURCE if directory.resolve() / "source" != PROJECT else ():
+        for file in PROJECT.glob(pattern):
+            _copy(str(file.relative_to(PROJECT)), directory / "source")
+
+
+def _copy(name: str, target: Path) -> None:
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(PROJECT / name, target / name)
+
+
+def note_resume(directory: Path, step: int, facts: dict) -> str:
+    """Add to env.json that the run goes on from `step`, and what is not as it was before; that in words, "" if nothing.
+
+    Compared are machine, versions, revision, data and the files that train. From step 0 nothing is left of what ran
+    before, and env.json and source/ are written anew.
+    """
+    if step == 0:
+        for old in directory.resolve().glob("source*"):
+            if old != PROJECT:                                        # that run's own code runs
+                shutil.rmtree(old)
+        _write_origin(directory, facts)
+        return ""
+    env, now = json.loads((directory / "env.json").read_text()), json.loads(json.dumps({**environment(), **facts}))
+    env["resumes"] = [each for each in env.get("resumes", []) if each["step"] < step]           # steps run once more
+    before = _compared(env, sources(directory / "source"))
+    for each in env["resumes"]:
+        before |= each["changed"]
+    after = _compared(now, sources(PROJECT))
+    changed = {key: after.get(key) for key in {**before, **after} if after.get(key) != before.get(key)}
+    env["resumes"].append(dict(step=step, started=now["started"], command=now["command"], changed=changed))
+    for key, digest in changed.items():
+        if key.startswith("source.") and digest is not None:
+            _copy(key.removeprefix("source."), directory / f"source-{step:06d}")
+    write_text(directory / "env.json", json.dumps(env, indent=1) + "\n")
+    return ", ".join(f"{key} {after.get(key)}, was {before.get(key)}" for key in changed)
+
+
+def mixed(directory: Path) -> dict[str, str]:
+    """Dotted key -> `A, then B`, of what env.json says and a resume changed; {} for most runs."""
+    env = json.loads((directory / "env.json").read_text())
+    if not (resumes := env.get("resumes")):
+        return {}
+    found, first = {}, _compared(env, sources(directory / "source"))
+    for each in resumes:
+        for key, value in each["changed"].items():
+            found[key] = f"{found.get(key, first.get(key))}, then {value}"
+    return found
+
+
+def _compared(env: dict, digests: dict[str, str]) -> dict[str, object]:
+    """Dotted key -> value."""
+    found = {f"source.{name}": digest for name, digest in digests.items()}
+    for key in COMPARED:
+        value = env.get(key)
+        found |= {f"{key}.{part}": each for part, each in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
+def sources(project: Path) -> dict[str, str]:
+    """Digest of every file that training reads of a project, or of a run's source/."""
+    files = sorted(file for pattern in SOURCE for file in project.glob(pattern))
+    return {str(file.relative_to(project)): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files
+            if file.suffix == ".py" and file.relative_to(project).parts[0] != "scripts"}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -51,7 +51,7 @@ class Row(NamedTuple):
 def collect(folders: list[Path]) -> tuple[list[Entry], list[tuple[Path, str]]]:
     """(finished runs with a target, oldest first; what was left out and why)."""
     from scripts.logs import LogError, read
-    from scripts.verdict import problem_of
+    from scripts.verdict import in_words, problem_of
     found, left_out = [], []
     paths = {file.parent.resolve(): file.parent for folder in folders for file in sorted(folder.rglob("env.json"))}
     for path in paths.values():
@@ -63,6 +63,8 @@ def collect(folders: list[Path]) -> tuple[list[Entry], list[tuple[Path, str]]]:
             continue
         if problem := problem_of(run, None):
             left_out.append((path, problem.removeprefix(f"{path}: ").partition("; finish it")[0]))
+        elif run.changed:
+            left_out.append((path, f"resumed on another machine ({in_words(run.changed)})"))
         elif run.target is None:
             left_out.append((path, "no target_val_loss to measure the time to"))
         else:

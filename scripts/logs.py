@@ -10,14 +10,14 @@ Published logs have no seed, and up to 2025-01 their clock starts after the tent
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from harness.config import NOT_IDENTITY
-from harness.rundir import read_log, state_of
+from harness.rundir import mixed, read_log, sources, state_of
 
 RULE = re.compile(r"^={100}$", re.M)                    # between the parts of a published log
 STEP = re.compile(r"^step:(\d+)/(\d+) val_loss:(\S+) train_time:([\d.]+)(ms|s)\b", re.M)
@@ -25,7 +25,8 @@ LLMC = re.compile(r"^s:(\d+) tel:(\S+)$", re.M)
 GPU = re.compile(r"^\|\s+\d+\s+((?:NVIDIA|Tesla) [^|]+?)\s+(?:On|Off)\s+\|", re.M)         # of nvidia-smi
 ALL_GPUS = re.compile(r" on ((?:NVIDIA|Tesla) .+) with world_size (\d+)")                 # of track 3
 TORCH = re.compile(r"^Running pytorch (\S+) compiled for CUDA ([\d.]+)", re.M | re.I)
-MACHINE = ("platform", "cores", "device", "world_size", "activation_dtype", "attention", "compiled")
+MACHINE = ("platform", "cores", "device", "world_size", "activation_dtype", "attention", "compiled",
+           "micro_batch_rows")
 
 
 class LogError(ValueError):
@@ -51,6 +52,7 @@ class Run:
     ledger_s: dict | None           # where every second went
     settings: dict[str, object]     # what makes it the same run but for the seed, steps apart; flat
     machine: dict[str, object]      # what the seconds depend on besides; flat
+    changed: dict[str, str] = field(default_factory=dict)          # of both, what was otherwise after a resume
 
 
 def read(path: Path) -> Run:
@@ -76,20 +78,16 @@ def read_ours(path: Path) -> Run:
     settings["optim"] = {group["name"]: group for group in config["optim"]}
     settings["data"] = {key: value for key, value in config["data"].items() if key not in ("train", "val")}
     settings |= {"train_data": env["train_data"], "val_data": env["val_data"], "source": sources(path / "source")}
-    machine = {key: env[key] for key in MACHINE} | {"gpus": len(env["gpus"])}
+    machine = {key: env.get(key) for key in MACHINE} | {"gpus": len(env["gpus"])}
     machine |= {key: env["versions"][key] for key in ("torch", "cuda", "triton", "python")}
     machine |= {key: config[key] for key in ("deterministic",) if key in config}
-    machine["micro_batch_rows"] = summary.get("micro_batch_rows")
+    changed = {key.removeprefix("versions."): values for key, values in mixed(path).items()}
+    machine |= {key: values for key, values in changed.items() if key in machine}
     return Run(path, "ours", config["name"],
                tuple(Validation(line["step"], line[judged], line["train_s"]) for line in read_log(path)[1]),
                config["steps"], status, config["seed"], config["target_val_loss"], summary.get("ledger_s"),
-               dict(flat(settings)), machine)
-
-
-def sources(folder: Path) -> dict[str, str]:
-    """Digest of every file of the source that training reads."""
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-            for file in sorted(folder.rglob("*.py")) if file.relative_to(folder).parts[0] != "scripts"}
+               dict(flat(settings)), machine, {key: values for key, values in changed.items() if key in machine
+                                               or key.startswith(("source.", "train_data.", "val_data."))})
 
 
 def flat(tree: dict, above: str = ""):

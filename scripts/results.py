@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from data.arguments import Parser
-from harness.rundir import read_log, state_of
+from harness.rundir import mixed, read_log, state_of
 
 COLUMNS = ("preset", "seed", "steps", "first val loss", "target", "reached", "last val loss", "bits per byte",
            "tokens/s", "device", "date")
@@ -22,7 +22,7 @@ NUMBERS = COLUMNS[1:9]
 def row(run: Path) -> dict[str, str]:
     """A cell for each column, "" where the run says nothing. An error if it is no run directory."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    env = json.loads((run / "env.json").read_text())
+    env = json.loads((run / "env.json").read_text()) | mixed(run)
     cut_off = state_of(run) == "running"
     summary = {} if cut_off else json.loads((run / "summary.json").read_text())
     train, val = read_log(run)

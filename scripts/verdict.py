@@ -102,6 +102,8 @@ def problem_of(run: Run, step: int | None) -> str:
         return f"{run.path}: not finished ({how}); finish it, or leave it out and say so"
     if run.form == "ours" and not run.ledger_s:
         return f"{run.path}: no ledger of the clock (ledger_s) in its summary.json, so that its seconds say nothing"
+    if other := {key: values for key, values in run.changed.items() if key not in run.machine}:
+        return f"{run.path}: resumed with other code or data ({in_words(other)}); run it anew"
     judged = validation(run, step)
     if judged is None:
         return f"{run.path}: no validation at step {last_step(run) if step is None else step:,}"
@@ -132,6 +134,10 @@ def differences(runs: list[Run]) -> list[str]:
     return problems
 
 
+def in_words(changed: dict[str, str]) -> str:
+    return ", ".join(f"{key}: {values}" for key, values in changed.items())
+
+
 def differing(a: dict, b: dict) -> list[tuple[str, object, object]]:
     """(key, value there, value here) of every key that is not equal; a missing value is "nothing"."""
     pairs = [(key, a.get(key, "nothing"), b.get(key, "nothing")) for key in {**a, **b}]
@@ -155,6 +161,8 @@ def times_not_compared(a: Group, b: Group) -> str:
         return "a log without times"
     if not a.machine or not b.machine:
         return "a log without its machine"
+    if changed := next((run.changed for run in [*a.runs, *b.runs] if run.changed), None):
+        return f"resumed on another machine, {in_words(changed)}"
     known = {key: value for key, value in a.machine.items() if key in b.machine}
     unlike = differing(known, {key: b.machine[key] for key in known})
     return f"other machine, {shown(unlike)}" if unlike else ""

@@ -1,5 +1,9 @@
-"""A real Slurm on this machine for tests: one controller and two nodes, which are two daemons on the one host."""
+"""A real Slurm on this machine for tests: one controller and two nodes, which are two daemons on the one host.
+
+Job numbers, of which rendezvous ports are made, start anywhere, so that several of these may run side by side.
+"""
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -25,6 +29,7 @@ SlurmctldPidFile={folder}/ctld.pid
 SlurmdPidFile={folder}/node-%n.pid
 SlurmctldLogFile={folder}/ctld.log
 SlurmdLogFile={folder}/node-%n.log
+FirstJobId={first_job}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -74,7 +79,8 @@ def slurm(tmp_path_factory):
     for gpu in "01":
         (folder / f"gpu{gpu}").touch()                                # of which Slurm only counts the files
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
-    (folder / "slurm.conf").write_text(CONF.format(host=host, folder=folder, ports=free_ports(3)))
+    (folder / "slurm.conf").write_text(CONF.format(
+        host=host, folder=folder, ports=free_ports(3), first_job=random.randrange(1, 10_000)))
     before = dict(os.environ)
     os.environ.update(SLURM_CONF=str(folder / "slurm.conf"), PATH=path())
     try:

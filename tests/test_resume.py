@@ -5,7 +5,9 @@ import time
 
 import pytest
 
-from tests.conftest import losses, spawn, the_run, train_elsewhere, train_here
+from harness.checkpoint import step_of
+from harness.rundir import mixed
+from tests.conftest import ROOT, losses, spawn, the_run, train_elsewhere, train_here
 
 LONG = ("steps=24", "checkpoint_every=5", "val_every=6")
 
@@ -78,9 +80,54 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(tiny, uninterrupted):
     process = spawn("--config", tiny, *LONG, ranks=2)
     interrupt_after(process, tiny, 6, signal.SIGTERM)
     process.communicate(timeout=60)
-    assert train_here("--config", tiny, *LONG, "--resume", "auto") == 0
+    done = train_elsewhere("--config", tiny, *LONG, "--resume", "auto")
+    assert done.returncode == 0 and "not as before it was interrupted: world_size 1, was 2" in done.stdout
+    assert mixed(the_run(tiny))["world_size"] == "2, then 1"
     for key, loss in losses(the_run(tiny)).items():
         assert loss == pytest.approx(uninterrupted[key], rel=2e-5), key
+
+
+def stopped_at(tiny, step: int):
+    """A run as it is when it was stopped after `step`, made from a whole one."""
+    train_here("--config", tiny, *LONG, "keep_checkpoints=9")
+    run = the_run(tiny)
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints").iterdir():
+        if step_of(path.with_suffix("") if path.suffix == ".sha256" else path) > step:
+            path.unlink()
+    return run
+
+
+def test_a_run_says_what_was_not_as_before_when_it_went_on(tiny, uninterrupted, capsys):
+    run = stopped_at(tiny, 10)
+    env = json.loads((run / "env.json").read_text())
+    there = env | {"device": "NVIDIA B200", "versions": env["versions"] | {"torch": "2.0"}}
+    (run / "env.json").write_text(json.dumps(there))
+    (run / "source" / "model" / "gpt.py").write_text("# of then\n")
+    assert train_here("--config", tiny, *LONG, "keep_checkpoints=9", "--resume", "auto") == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("not as before"))
+    assert f"device {env['device']}, was NVIDIA B200" in said and "versions.torch" in said and "model/gpt.py" in said
+    changed = mixed(run)
+    assert changed.keys() == {"device", "versions.torch", "source.model/gpt.py"}
+    assert changed["device"] == f"NVIDIA B200, then {env['device']}"
+    assert (run / "source-000010" / "model" / "gpt.py").read_text() == (ROOT / "model" / "gpt.py").read_text()
+    assert (run / "source" / "model" / "gpt.py").read_text() == "# of then\n"
+
+    (run / "summary.json").unlink()                                  # once more, from the same place: nothing is new
+    assert train_here("--config", tiny, *LONG, "keep_checkpoints=9", "--resume", "auto") == 0
+    resumes = json.loads((run / "env.json").read_text())["resumes"]
+    assert [(each["step"], len(each["changed"])) for each in resumes] == [(10, 3), (24, 0)]
+    assert mixed(run) == changed and losses(run) == uninterrupted
+
+
+def test_a_run_of_which_nothing_is_left_is_only_what_ran_last(tiny):
+    run = stopped_at(tiny, 0)
+    env = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(env | {"device": "NVIDIA B200"}))
+    (run / "source" / "model" / "gpt.py").write_text("# of then\n")
+    assert train_here("--config", tiny, *LONG, "keep_checkpoints=9", "--resume", "auto") == 0
+    assert json.loads((run / "env.json").read_text())["device"] == env["device"] and not mixed(run)
+    assert (run / "source" / "model" / "gpt.py").read_text() == (ROOT / "model" / "gpt.py").read_text()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny, uninterrupted):

@@ -17,9 +17,9 @@ from scripts.sweep.__main__ import entry
 from tests.conftest import ROOT, losses, the_run, train_elsewhere, train_here
 from tests.slurm_here import asked, slurm  # noqa: F401
 
-WAIT_S = 120
+WAIT_S = 240
 STARTED = []                            # controllers, which a test that fails leaves behind
-QUICK = "import sys, scripts.sweep.slurm as s; s.ASK_EVERY_S = 0.5; from scripts.sweep.__main__ import entry; "
+QUICK = "import sys, scripts.sweep.slurm as s; s.ASK_EVERY_S = s.LOOK_EVERY_S = 0.2; from scripts.sweep.__main__ import entry; "
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,8 @@ def steps_done(out):
 def start_again(job):
     """Sooner than Slurm's two minutes, but not within the second in which slurmd killed it: a launch in that second
     is refused ("Job credential revoked") and the job has failed."""
-    asked("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+    time.sleep(1.1)
+    asked("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def jobs(out):
@@ -132,7 +133,7 @@ def test_trials_are_one_array_and_reach_what_they_reach_here_and_a_crash_is_retr
 
 
 def test_a_job_that_is_preempted_in_any_way_saves_is_requeued_and_goes_on_though_nobody_follows(slurm, tiny, tmp_path):
-    steps = 3000                        # seconds enough for all that follows, on a fast machine too
+    steps = 1500                        # seconds enough for all that follows, on a fast machine too
     path, out, keys = long_run(tiny, tmp_path, steps)
     controller = start(path, out, "time=30")
     until(lambda: steps_done(out) >= 3, "its first steps", controller)
@@ -141,7 +142,7 @@ def test_a_job_that_is_preempted_in_any_way_saves_is_requeued_and_goes_on_though
     (job, state), = jobs(out).items()
     assert controller.returncode == 75 and f"scancel {job}" in said and state == "RUNNING", said
 
-    controller, reached = start(path, out, "time=30"), 0
+    controller, reached = start(path, out, "time=30"), 0              # begins to follow during what comes now
     trainer = lambda: asked("pgrep", "-f", f"^{sys.executable} {ROOT}/train.py --config {out}").split()
     for preempt in (lambda: asked("scancel", "--signal=USR2", job),                            # the time limit is near
                     lambda: asked("scontrol", "requeue", job),                                 # a preemption

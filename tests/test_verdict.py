@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from scripts import judge
-from scripts.verdict import RULES, Refused, comparison, group, main
+from scripts.verdict import RULES, Refused, comparison, group, main, times_not_compared
 from tests.conftest import ROOT, train_here
 from tests.test_logs import LLMC, TRACK1, TRACK1_NEW, TRACK3
 
@@ -87,7 +87,7 @@ def run_main(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     ("env.json", {"device": "NVIDIA B200"}, "{a} and {b}: mixed machines, device ("),
     ("env.json", {"world_size": 2}, "mixed machines, world_size (1 and 2); run them on one"),
     ("env.json", {"versions__torch": "2.11.0"}, "mixed machines, torch ("),
-    ("summary.json", {"micro_batch_rows": 4}, "mixed machines, micro_batch_rows (8 and 4)"),
+    ("env.json", {"micro_batch_rows": 4}, "mixed machines, micro_batch_rows (8 and 4)"),
     ("summary.json", {"ledger_s": None}, "{b}: no ledger of the clock (ledger_s) in its summary.json"),
     ("summary.json", {"status": "stopped"}, "{b}: not finished (its status is stopped)"),
 ])
@@ -107,6 +107,19 @@ def test_other_code_and_a_run_that_was_killed_are_refused(copies):
     (copies[1] / "summary.json").unlink()
     with pytest.raises(Refused, match=r"^\S+b: not finished \(its status is running\); [^\n]+$"):
         group(copies)
+
+
+def test_a_run_that_went_on_elsewhere_has_a_loss_but_no_seconds_and_with_other_code_neither(trained, copies):
+    change(copies[1] / "env.json", resumes=[{"step": 4, "changed": {"device": "NVIDIA B200"}}])
+    device = json.loads((copies[0] / "env.json").read_text())["device"]
+    with pytest.raises(Refused, match=re.escape(f"mixed machines, device ({device} and {device}, then NVIDIA B200)")):
+        group(copies)
+    alone, base = group(copies[1:]), group(trained["base"])
+    assert times_not_compared(alone, base) == times_not_compared(base, alone) == (
+        f"resumed on another machine, device: {device}, then NVIDIA B200")
+    change(copies[1] / "env.json", resumes=[{"step": 4, "changed": {"source.model/gpt.py": "0123456789ab"}}])
+    with pytest.raises(Refused, match=r"resumed with other code or data \(source.model/gpt.py: \w{12}, then 0123456789ab"):
+        group(copies[1:])
 
 
 def test_runs_of_different_lengths_are_refused(copies):

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from harness.processes import EXIT_BAD_INPUT, EXIT_NOT_FINITE
-from harness.rundir import is_held, read_log, state_of, write_text
+from harness.rundir import is_held, mixed, read_log, state_of, write_text
 from scripts.sweep.plan import Trial, configuration_id
 
 FINAL = ("finished", "not_finite", "pruned")            # nothing to do again: the same trial would end so again
@@ -60,7 +60,7 @@ def row(trial: Trial, out: Path) -> dict:
     run, status, failure = run_of(trial), status_of(trial), failure_of(trial)
     train, val = read_log(run) if run and (run / "log.jsonl").exists() else ([], [])
     summary = json.loads((run / "summary.json").read_text()) if run and (run / "summary.json").exists() else {}
-    env = json.loads((run / "env.json").read_text()) if run else {}
+    env = json.loads((run / "env.json").read_text()) | mixed(run) if run else {}
     last, newest = val[-1] if val else {}, (train or val or [{}])[-1]
     finished = status == "finished"
     return dict(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from harness.rundir import read_log
+from harness.rundir import mixed, read_log
 from scripts.logs import flat
 from scripts.sweep.file import Sweep, read
 
@@ -67,14 +67,16 @@ def read_folder(path: Path) -> Folder:
 
 def _trial(row: dict, folder: Path) -> Trial:
     run = folder / row["run"] if row["run"] else None
-    train, val = [], []
+    train, val, env = [], [], {}
     if run and (run / "log.jsonl").is_file():
         train, val = read_log(run)
+    if run and (env := dict(flat(_json(run / "env.json")))):
+        env |= mixed(run)                                             # `A, then B` where a resume changed it
     config = _yaml(folder / "trials" / row["trial"] / "trial.yaml") or (_yaml(run / "config.yaml") if run else {})
     if isinstance(config.get("optim"), list):                         # groups by name, not by their place
         config["optim"] = {group.get("name", position): group for position, group in enumerate(config["optim"])}
     config = {key: value for key, value in config.items() if key not in ("seed", "runs_dir", "trials")}
-    return Trial(row, dict(flat(config)), dict(flat(_json(run / "env.json"))) if run else {}, train, val)
+    return Trial(row, dict(flat(config)), env, train, val)
 
 
 def _json(path: Path) -> dict:
