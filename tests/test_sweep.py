@@ -16,7 +16,7 @@ from harness.yaml_tree import ConfigError
 from scripts.sweep import pack
 from scripts.sweep.__main__ import entry
 from scripts.sweep.candidates import configurations
-from scripts.sweep.draw import drawn, grid, parameter, quantile
+from scripts.sweep.parameter import drawn, grid, parameter, quantile
 from scripts.sweep.file import read
 from scripts.sweep.plan import plan
 from scripts.sweep.run import Going

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from scripts import judge
-from scripts.sweep.draw import Parameter
+from scripts.sweep.parameter import Parameter
 from scripts.sweep.file import Configuration, Sweep
 from scripts.sweep.plan import configuration_id
 from scripts.sweep.tables import Cell, Table, markdown, tables

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from harness.rundir import write_text
 from scripts.judge import spread
 from scripts.sweep.candidates import draws
-from scripts.sweep.draw import Parameter, load_optuna, quantile, shares
+from scripts.sweep.parameter import Parameter, load_optuna, quantile, shares
 from scripts.sweep.file import Configuration, Sweep
 from scripts.sweep.plan import REFUSALS, Trial, configuration_id, trial_of
 from scripts.sweep.results import ENDED

@@ -5,6 +5,8 @@
 """
 from typing import Any
 
+from scripts.sweep.parameter import is_whole
+
 KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
 
@@ -23,7 +25,7 @@ def rule(said: Any) -> dict[str, int]:
     found = {"eta": 3} | {key: said[key] for key in KEYS[1:5] if key in said}
     for key, least in (("min_iter", 1), ("max_iter", 1), ("s", 1), ("eta", 2)):
         value = found.get(key, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value) or value < least:
             raise ValueError(f"{key}: expected a whole number from {least} on, got {value!r}")
     if found.keys() - {"eta"} not in ({"min_iter"}, {"max_iter", "s"}):
         raise ValueError("write either min_iter, or max_iter and s")

@@ -3,7 +3,7 @@ from itertools import product
 from typing import NamedTuple
 
 from harness.yaml_tree import ConfigError
-from scripts.sweep.draw import drawn, grid
+from scripts.sweep.parameter import drawn, grid, in_yaml
 from scripts.sweep.file import Configuration, Sweep
 
 STARTUP = 10                            # configurations of a Bayesian search that are drawn at random

@@ -30,7 +30,7 @@ import yaml
 
 from harness.yaml_tree import ConfigError, Tree, origin_of, plain, read_text
 from scripts.sweep import brackets
-from scripts.sweep.draw import Parameter, grid, parameter
+from scripts.sweep.parameter import Parameter, grid, is_whole, parameter
 
 OURS = ("base", "seeds", "budget", "baseline", "spaces", "tuning_seeds", "changes", "rungs")
 READ = ("method", "metric", "parameters", "run_cap", "controller", "early_terminate")
@@ -137,7 +137,7 @@ def read(path: Path) -> Sweep:
         raise refuse("there twice, in seeds and in parameters.seed; remove one", *where["seeds"])
     seeds, tuning_seeds = own.get("seeds", seeds), own.get("tuning_seeds", [])
     for value, at in ((seeds, where.get("seeds", ("parameters", "seed"))), (tuning_seeds, where.get("tuning_seeds"))):
-        if not isinstance(value, list) or not all(isinstance(seed, int) and seed >= 0 for seed in value):
+        if not isinstance(value, list) or not all(is_whole(seed) and seed >= 0 for seed in value):
             raise refuse("expected a list of whole numbers, like [0, 1, 2]", *at)
         if len(set(value)) < len(value):
             raise refuse("names one twice: equal seeds give equal runs, not a second sample", *at)
@@ -146,7 +146,7 @@ def read(path: Path) -> Sweep:
                      *where["tuning_seeds"])
     run_cap, budget = said.get("run_cap"), own.get("budget")
     for value, at in ((run_cap, ("run_cap",)), (budget, where.get("budget", ()))):
-        if value is not None and not (isinstance(value, int) and value >= 1):
+        if value is not None and not (is_whole(value) and value >= 1):
             raise refuse(f"expected a whole number from 1 on, got {value!r}", *at)
     if method == "grid" and budget is not None:
         raise refuse("a grid runs all that it holds; remove it, or take method: random", *where["budget"])

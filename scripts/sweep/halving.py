@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.rundir import write_text
 from scripts.sweep.brackets import brackets
-from scripts.sweep.draw import load_optuna
+from scripts.sweep.parameter import load_optuna
 from scripts.sweep.file import Sweep
 from scripts.sweep.plan import Trial, trial_of
 from scripts.sweep.results import pruned_of, run_of

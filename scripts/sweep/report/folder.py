@@ -1,6 +1,5 @@
 """What a sweep's folder says: its file, the results of its trials, their logs, configurations and machines."""
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import yaml
 from harness.rundir import mixed, read_log
 from scripts.logs import flat
 from scripts.sweep.file import Sweep, read
+from scripts.sweep.parameter import in_yaml, is_number
 
 ABSENT = "absent"                       # a key that a configuration does not have
 OF_THE_MACHINE = ("device", "git_revision", "git_dirty", "versions.torch", "versions.python", "versions.triton",
@@ -130,7 +130,7 @@ def machine(folder: Folder) -> dict[str, list[str]]:
     found = {}
     for key in OF_THE_MACHINE:
         short = key.removeprefix("versions.")
-        values = Counter(shown(trial.env[key]) for trial in folder.trials if trial.env.get(key) is not None)
+        values = Counter(in_yaml(trial.env[key]) for trial in folder.trials if trial.env.get(key) is not None)
         if values:
             found[short] = [value for value, _ in values.most_common()]
     return found
@@ -165,25 +165,16 @@ def reference(folder: Folder) -> tuple[str, dict[str, Any]]:
     most = {}
     for key in keys:
         values = [trial.config.get(key, ABSENT) for trial in known]
-        common = Counter(map(shown, values)).most_common(1)[0][0]
-        most[key] = next(value for value in values if shown(value) == common)
+        common = Counter(map(in_yaml, values)).most_common(1)[0][0]
+        most[key] = next(value for value in values if in_yaml(value) == common)
     return "the most frequent value of every key", {k: value for k, value in most.items() if value != ABSENT}
 
 
 def difference(config: dict, common: dict) -> list[tuple[str, str, str]]:
     """(key, value here, value there) of every key that is not equal."""
     keys = [key for key in {**common, **config} if config.get(key, ABSENT) != common.get(key, ABSENT)]
-    return [(key, shown(config.get(key, ABSENT)), shown(common.get(key, ABSENT))) for key in keys]
-
-
-def shown(value: Any) -> str:
-    """As YAML has it on one line; numbers as they are."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    return json.dumps(value)
+    return [(key, in_yaml(config.get(key, ABSENT)), in_yaml(common.get(key, ABSENT))) for key in keys]
 
 
 def finite(values: Iterable) -> list[float]:
-    return [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    return [value for value in values if is_number(value)]

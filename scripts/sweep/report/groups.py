@@ -9,7 +9,8 @@ from scripts.sweep.candidates import comparisons
 from scripts.sweep.candidates import label as short_name
 from scripts.sweep.file import Configuration
 from scripts.sweep.plan import configuration_id
-from scripts.sweep.report.folder import Folder, Trial, finite, is_tuning, shown
+from scripts.sweep.report.folder import Folder, Trial, finite, is_tuning
+from scripts.sweep.parameter import in_yaml
 from scripts.sweep.tables import effects as paired_effects
 from scripts.sweep.tables.ladder import answers
 
@@ -161,7 +162,7 @@ def _varying(firsts: Sequence[dict]) -> list[str]:
 def _value(row: dict, key: str) -> str:
     if key == "config":
         return row["base"]
-    return shown(row["parameters"][key]) if key in row["parameters"] else ""
+    return in_yaml(row["parameters"][key]) if key in row["parameters"] else ""
 
 
 def _words(row: dict, varying: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@ import shlex
 from collections import Counter
 from typing import NamedTuple
 
+from scripts.sweep.parameter import in_yaml
 from scripts.sweep.report import folder as read
 from scripts.sweep.report.folder import Folder
 
@@ -31,7 +32,7 @@ def heading(folder: Folder) -> Heading:
     if sweep.budget is not None:
         facts.append(("search", f"{sweep.method}, {sweep.budget} configurations a preset"))
     if sweep.early_terminate:
-        facts.append(("halving", f"tuning trials may end early: {read.shown(sweep.early_terminate)}"))
+        facts.append(("halving", f"tuning trials may end early: {in_yaml(sweep.early_terminate)}"))
     facts += [(key.replace("_", " "), ", ".join(values)) for key, values in of_machine.items()]
     if times:
         facts.append(("started", times[0] if times[0] == times[1] else f"{times[0]} to {times[1]}"))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.sweep.parameter import in_yaml
 from scripts.sweep.report import folder as read
 from scripts.sweep.report.folder import Folder
 from scripts.sweep.report.groups import Group
@@ -20,7 +21,7 @@ def page(folder: Folder, found: Sequence[Group], tables: Sequence[Table]) -> str
     from plotly.offline import get_plotlyjs
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"shown": read.shown, "numeric": _numeric}
+    environment.filters |= {"in_yaml": in_yaml, "numeric": _numeric}
     drawn = figures(folder, found)
     return environment.get_template("page.html").render(
         heading=heading(folder), most=MOST_DIFFERENCES,

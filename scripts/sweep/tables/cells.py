@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from scripts.judge import spread
 from scripts.sweep.file import Sweep
+from scripts.sweep.parameter import in_yaml, is_number
 
 # Results that a mean is taken of -> digits after the point.
 DIGITS = {"val_loss": 4, "val_loss_avg": 4, "target_step": 0, "target_train_s": 1, "train_s": 1, "tokens_per_s": 0}
@@ -85,8 +86,7 @@ def listed(words: Iterable[Any]) -> str:
 # ---- cells
 
 def value(said: Any) -> Cell:
-    number = isinstance(said, (int, float)) and not isinstance(said, bool)
-    return Cell(str(said), said if number else str(said))
+    return Cell(in_yaml(said), said if is_number(said) else in_yaml(said))
 
 
 def seeds(group: Sequence[dict], planned: int) -> Cell:

@@ -2,7 +2,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from scripts.sweep.draw import Parameter, quantile
+from scripts.sweep.parameter import Parameter, is_number, quantile
 from scripts.sweep.file import Sweep
 from scripts.sweep.plan import chosen
 from scripts.sweep.results import ENDED, FINAL
@@ -159,11 +159,11 @@ def at_edge(p: Parameter, best: Any, tried: Sequence[Any]) -> str:
     Of two values one is always an end, and of what is no number there are none.
     """
     if p.distribution.startswith("categorical"):
-        options = sorted(set(filter(_is_number, p.spec["values"])))
+        options = sorted(set(filter(is_number, p.spec["values"])))
         if len(options) < max(3, len(p.spec["values"])) or best not in (options[0], options[-1]):
             return ""
         return f"the {'smallest' if best == options[0] else 'largest'} of {len(options)} values"
-    if p.distribution == "constant" or not _is_number(best):
+    if p.distribution == "constant" or not is_number(best):
         return ""
     if _share(p, lambda x: x < best) <= EDGE:
         return f"in the lowest {EDGE:.0%} of its range"
@@ -182,7 +182,3 @@ def _share(p: Parameter, below: Callable[[float], bool]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if below(quantile(p, middle)) else (low, middle)
     return low
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from scripts.sweep.candidates import Comparison, comparisons, label
 from scripts.sweep.file import Sweep
+from scripts.sweep.parameter import in_yaml
 from scripts.sweep.plan import configuration_id
 from scripts.sweep.tables import effects
 from scripts.sweep.tables.cells import Cell, Table, finished, grouped, interval, made, mean, measured, missing, \
@@ -70,7 +71,7 @@ def _the(noun: str) -> str:
 def _sets(each: Comparison) -> str:
     """The keys in which the two differ, with values where they are short."""
     more, less = (each.against, each.of) if each.family == "left out of all" else (each.of, each.against)
-    said = [(key, str(value)) for key, value in more.parameters.items()
+    said = [(key, in_yaml(value)) for key, value in more.parameters.items()
             if key not in less.parameters or less.parameters[key] != value]
     return ", ".join(f"{key}={value}" if len(value) <= LONGEST_VALUE else key for key, value in said)
 

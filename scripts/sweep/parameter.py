@@ -15,6 +15,7 @@ Names, keys and defaults are those of Weights & Biases' sweep files (its package
 Without `distribution` it follows from the keys: value, values (with probabilities), min and max (int_uniform where both
 are whole numbers, else uniform).
 """
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -72,20 +73,34 @@ def _inferred(said: dict[str, Any]) -> str:
     if "values" in said:
         return "categorical_w_probabilities" if "probabilities" in said else "categorical"
     if {"min", "max"} <= said.keys():
-        return "int_uniform" if all(_whole(said[key]) for key in ("min", "max")) else "uniform"
+        return "int_uniform" if all(is_whole(said[key]) for key in ("min", "max")) else "uniform"
     raise ValueError("expected value, values, min and max, a distribution, or parameters below it")
 
 
-def _whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)         # to Python yes and no are 1 and 0
+
+
+def is_number(value: Any) -> bool:
+    """A finite one."""
+    return is_whole(value) or isinstance(value, float) and math.isfinite(value)
+
+
+def in_yaml(value: Any) -> str:
+    """As YAML has it on one line; numbers as short as they are exact."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return json.dumps(value)
 
 
 def _wrong(distribution: str, spec: dict[str, Any]) -> str | None:
     numbers = {key: spec[key] for key in ("min", "max", "q", "mu", "sigma", "a", "b") if key in spec}
     for key, value in numbers.items():
-        if not _whole(value) and not (isinstance(value, float) and math.isfinite(value)):
+        if not is_number(value):
             return f"{key}: expected a number, got {value!r}"
-    if distribution == "int_uniform" and not all(map(_whole, numbers.values())):
+    if distribution == "int_uniform" and not all(map(is_whole, numbers.values())):
         return "int_uniform: min and max must be whole numbers"
     if "min" in spec and spec["min"] > spec["max"]:
         return f"min {spec['min']} is above max {spec['max']}"
@@ -97,7 +112,7 @@ def _wrong(distribution: str, spec: dict[str, Any]) -> str | None:
         return "values: expected a list with something in it"
     if "probabilities" in spec:
         p = spec["probabilities"]
-        if not isinstance(p, list) or not all(_whole(x) or isinstance(x, float) for x in p) or min(p, default=0) < 0:
+        if not isinstance(p, list) or not all(map(is_number, p)) or min(p, default=0) < 0:
             return "probabilities: expected a list of numbers, none below 0"
         if len(p) != len(spec["values"]) or abs(math.fsum(p) - 1) > 1e-6:
             return f"{len(spec['values'])} values need as many probabilities, with the sum 1"
@@ -183,7 +198,7 @@ def quantile(p: Parameter, u: float) -> Any:
     x = _continuous(kind, spec, u)
     if "q" in spec:
         multiple = round(x / spec["q"]) * spec["q"]
-        return multiple if _whole(spec["q"]) else _digits(multiple, 12)
+        return multiple if is_whole(spec["q"]) else _digits(multiple, 12)
     x = _digits(x, 6)
     if kind in ("uniform", "log_uniform_values", "inv_log_uniform_values"):
         x = min(max(x, float(spec["min"])), float(spec["max"]))
