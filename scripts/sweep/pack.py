@@ -12,10 +12,13 @@ class Slot(NamedTuple):
     cores: tuple[int, ...]              # its processes keep to them; () for any, as on a GPU
     threads: int                        # of each process
 
-    def environment(self, out: Path) -> dict[str, str]:
+    def caches(self, out: Path) -> Path:
         """Compile caches are a slot's own: trials that end badly while compiling spoil no other's, and the next
         trial there finds them warm. All slots compile at once in the beginning, so sharing would save little."""
-        caches = (out / "caches" / f"slot-{self.number}").resolve()
+        return (out / "caches" / f"slot-{self.number}").resolve()
+
+    def environment(self, out: Path) -> dict[str, str]:
+        caches = self.caches(out)
         own = {"OMP_NUM_THREADS": str(self.threads), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
                "TRITON_CACHE_DIR": str(caches / "triton")}
         return own | ({"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {})
@@ -63,7 +66,7 @@ def slots(jobs: int | None, cores_each: int | None, gpus_each: int | None, gpus:
     what, there = ("GPUs", gpus) if gpus else ("cores", cores)
     each = gpus_each or cores_each or (1 if gpus else max(1, len(cores) // (jobs or 1)))
     fit = len(there) // each
-    if max(1, jobs or 1) > fit:
+    if (jobs or 1) > fit:
         raise ConfigError(f"{jobs or 1} trials at once of {each} {what} each are more than the {len(there)} here; "
                           "lower one of them")
     count = jobs or fit

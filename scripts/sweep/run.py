@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.processes import EXIT_REQUEUE
@@ -27,7 +27,6 @@ class Going:
     slot: Slot
     attempt: int
     process: subprocess.Popen
-    since: float = field(default_factory=time.monotonic)
 
 
 class Signals:
@@ -119,16 +118,17 @@ def tell(process: subprocess.Popen, number: int) -> None:
 def _start(trial: Trial, slot: Slot, attempt: int, out: Path) -> Going:
     config = write(trial)
     (trial.folder / "failure.json").unlink(missing_ok=True)
-    environment = slot.environment(out)
     if attempt > 1:                                                   # a damaged cache may be why it crashed
-        shutil.rmtree(Path(environment["TORCHINDUCTOR_CACHE_DIR"]).parent, ignore_errors=True)
-    command = [sys.executable, *slot.launcher(), str(PROJECT / "train.py"), "--config", str(config),
-               "--resume", "auto"]
+        shutil.rmtree(slot.caches(out), ignore_errors=True)
     with open(trial.folder / "output.txt", "a") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env={**os.environ, **environment}, start_new_session=True, preexec_fn=settle(slot))
+            train_command(slot.launcher(), config), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, **slot.environment(out)}, start_new_session=True, preexec_fn=settle(slot))
     return Going(trial, slot, attempt, process)
+
+
+def train_command(launcher: list[str], config: Path) -> list[str]:
+    return [sys.executable, *launcher, str(PROJECT / "train.py"), "--config", str(config), "--resume", "auto"]
 
 
 def settle(slot: Slot) -> Callable[[], None]:
