@@ -52,16 +52,21 @@ def rows_of(out):
 
 def test_a_ladder_has_each_change_alone_and_left_out_with_what_is_built_on_it(tmp_path):
     found = comparisons(sweep(tmp_path, LADDER))
-    base, every = found[0].against, found[3].against
+    base, every = found[0].against, found[0].of
     assert base.parameters == {"steps": 5}
     assert every.parameters["model.value_residual"] == "learned" and every.parameters["model.embed_shortcut"] is True
     assert [(each.change, each.family) for each in found] == [
+        ("all", "all together"),
         ("value residual", "added alone"), ("learned", "added alone"), ("shortcut", "added alone"),
         ("value residual and learned", "left out of all"), ("learned", "left out of all"),
         ("shortcut", "left out of all")]
     without = {each.change: each.of.parameters for each in found if each.family == "left out of all"}
     assert "model.value_residual" not in without["value residual and learned"]
     assert without["learned"]["model.value_residual"] == "fixed"            # what it was built on stays
+    assert all((each.with_it, each.without) == ((every, each.of) if each.family == "left out of all" else
+                                                (each.of, base)) for each in found)
+    one = LADDER[:LADDER.index("  learned:")]
+    assert [each.family for each in comparisons(sweep(tmp_path, one))] == ["added alone"]       # all is that one
     assert without["shortcut"] == {key: value for key, value in every.parameters.items()
                                    if key != "model.embed_shortcut"}
 
@@ -72,7 +77,7 @@ def test_rungs_add_the_changes_up_and_share_trials_with_the_other_families(tiny,
     assert [each.against for each in rungs[1:]] == [each.of for each in rungs[:-1]]
     tried = configurations(with_rungs)
     assert [label(each, with_rungs) for each in tried] == [                 # all but shortcut is what `+ learned` is
-        "baseline", "+ value residual", "+ learned", "+ shortcut", "all", "all but learned"]
+        "baseline", "all", "+ value residual", "+ learned", "+ shortcut", "all but learned"]
     trials = plan(with_rungs, tmp_path)
     assert len(trials) == 2 * 6 and [trial.is_baseline for trial in trials].count(True) == 2
 

@@ -14,9 +14,17 @@ class Comparison(NamedTuple):
     """Of a ladder: what a change does."""
 
     change: str                         # in words
-    family: str                         # "added alone", "left out of all" or "rung"
+    family: str                         # "all together", "added alone", "left out of all" or "rung"
     of: Configuration
     against: Configuration
+
+    @property
+    def with_it(self) -> Configuration:
+        return self.against if self.family == "left out of all" else self.of
+
+    @property
+    def without(self) -> Configuration:
+        return self.of if self.family == "left out of all" else self.against
 
 
 def configurations(sweep: Sweep) -> list[Configuration]:
@@ -78,8 +86,10 @@ def comparisons(sweep: Sweep) -> list[Comparison]:
         return [other for other in later
                 if any(changes[other].get(key, value) != value for key, value in changes[name].items())]
 
-    found = [Comparison(name, "added alone", having([name]), base) for name in changes]
-    for name in changes if len(changes) > 1 else ():
+    several = len(changes) > 1
+    found = [Comparison("all", "all together", having(changes), base)] if several else []
+    found += [Comparison(name, "added alone", having([name]), base) for name in changes]
+    for name in changes if several else ():
         gone = [name, *built_on(name)]
         found.append(Comparison(" and ".join(gone), "left out of all",
                                 having(other for other in changes if other not in gone), having(changes)))
@@ -94,10 +104,12 @@ def label(each: Configuration, sweep: Sweep) -> str:
     if sweep.kind == "ladder":
         known, rungs = {"baseline": sweep.baseline}, 0
         for change, family, of, against in comparisons(sweep):
-            if family == "added alone":
+            if family == "all together":
+                known["all"] = of
+            elif family == "added alone":
                 known[f"+ {change}"] = of
             elif family == "left out of all":
-                known |= {"all": against, f"all but {change}": of}
+                known[f"all but {change}"] = of
             else:
                 rungs += 1
                 known[f"first {rungs} of {len(sweep.changes)}"] = of

@@ -232,6 +232,7 @@ def _ladder_styles(keys: Sequence[str], folder: Folder) -> dict[str, tuple[str, 
     for each in comparisons(folder.sweep):
         colour = PALETTE[names.index(each.change) % len(PALETTE)] if each.change in names else GREY
         found.setdefault(configuration_id(each.against), (BLACK, "dash" if found else "solid"))
-        found.setdefault(configuration_id(each.of), {"added alone": (colour, "solid"), "left out of all":
-                                                     (colour, "dash"), "rung": (GREY, "dot")}[each.family])
+        found.setdefault(configuration_id(each.of), {
+            "all together": (BLACK, "dash"), "added alone": (colour, "solid"), "left out of all": (colour, "dash"),
+            "rung": (GREY, "dot")}[each.family])
     return {key: found.get(key, (GREY, "dashdot")) for key in keys}

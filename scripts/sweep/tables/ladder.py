@@ -12,7 +12,8 @@ from scripts.sweep.tables.cells import Cell, Table, finished, grouped, interval,
 
 LONGEST_VALUE = 30                      # of a key that a change sets, in the table
 
-TITLES = {"added alone": "Added alone: each change to the baseline, without the others",
+TITLES = {"all together": "All together: every change at once, against the baseline",
+          "added alone": "Added alone: each change to the baseline, without the others",
           "left out of all": "Left out of all: every change but one, against all of them",
           "rung": "Rungs: each change on top of those before it, in their order"}
 
