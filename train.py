@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -216,8 +217,8 @@ def main(argv: list[str]) -> int:
                      f"(to start there: micro_batch_tokens={micro_rows * cfg.seq_len})")
     optimizer.set_hyperparameters(0, cfg.schedule, cfg.steps)
     optimizer.step(0, torch.zeros((), device=device), False, model.max_logits())
-    def run_trial(cfg: Config, several: bool) -> int:
-        """One run with one seed, in its own directory; the exit code."""
+    def run_trial(cfg: Config, several: bool, held: ExitStack) -> int:
+        """One run with one seed, in its own directory, which is locked for as long as `held` is open; the exit code."""
         # -------------------------------------------------------- 8. a fresh start, or where a run stopped
         identity = config_identity(cfg)
         directory, resumed = procs.broadcast(
@@ -231,7 +232,8 @@ def main(argv: list[str]) -> int:
         if procs.is_main and not resumed:
             directory = rundir.create(cfg.runs_dir, cfg.name, cfg.seed, to_yaml(cfg), facts)
         directory = Path(procs.broadcast(str(directory)))
-        lock = rundir.hold(directory) if procs.is_main else None      # no second process continues this run meanwhile
+        if procs.is_main:
+            held.enter_context(rundir.hold(directory))                # no second process continues this run meanwhile
         model.init_weights(cfg.seed)
         optimizer.init_weights(cfg.seed)                              # of the rules that have their own
         optimizer.reset()
@@ -247,11 +249,8 @@ def main(argv: list[str]) -> int:
                     p.copy_(content["model"][name])
             optimizer.load_state_dict(content["optimizer"], start)
             torch.set_rng_state(content["rng"])
-            progress.say(f"resumed at step {start} from {path}")
-        elif resumed:
-            progress.say(f"resumed at step 0: {directory} has no intact checkpoint")
-        if resumed and procs.is_main and (changed := rundir.note_resume(directory, start, facts)):
-            progress.say(f"not as before it was interrupted: {changed}")
+        if resumed and procs.is_main:
+            progress.say(f"resumed {rundir.note_resume(directory, start, path, facts)}")
         sinks = (open_sinks(directory, cfg, start if resumed else None, clock.train_s, progress.say)
                  if procs.is_main else [])
         progress.say(f"run directory {directory}")
@@ -358,8 +357,8 @@ def main(argv: list[str]) -> int:
             return processes.EXIT_NOT_FINITE
         finally:
             prefetcher.close()
-            for held in (*sinks, lock) if procs.is_main else ():
-                held.close()
+            for sink in sinks:
+                sink.close()
 
         # -------------------------------------------------------- 10. the end: finished, or stopped by a signal
         where, last["decompositions_failed"] = save(step), optimizer.failures()
@@ -380,7 +379,8 @@ def main(argv: list[str]) -> int:
 
     for trial in range(cfg.trials):
         clock.enter("setup")
-        code = run_trial(replace(cfg, seed=cfg.seed + trial, trials=1), several=cfg.trials > 1)
+        with ExitStack() as held:
+            code = run_trial(replace(cfg, seed=cfg.seed + trial, trials=1), cfg.trials > 1, held)
         if code:
             break
     progress.close()

@@ -3,6 +3,7 @@
 Mappings merge key by key; `optim` merges group by group, by name; any other list replaces the one below it.
 `null` goes back to the default. While merging, `optim` is a dict from group name to group, in order.
 """
+from difflib import get_close_matches
 from pathlib import Path
 
 from harness.keys import group_fields
@@ -22,8 +23,12 @@ def find(name: str, beside: Path | None = None) -> Path:
     for path in [*tries, *(path.with_name(path.name + ".yaml") for path in tries)]:
         if path.is_file():
             return path
-    presets = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    raise ConfigError(f"no configuration {name!r}: neither a file nor a preset; presets: {presets or 'none'}")
+    presets = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")
+                     if "sweeps" not in path.parts)
+    near = get_close_matches(str(name).removesuffix(".yaml"), presets, n=3)
+    top = ", ".join(preset for preset in presets if "/" not in preset)
+    raise ConfigError(f"no configuration {name!r}: neither a file nor a preset; "
+                      + (f"did you mean {' or '.join(near)}?" if near else f"presets: {top or 'none'}"))
 
 
 def shown(path: Path) -> str:

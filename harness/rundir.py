@@ -26,6 +26,7 @@ import torch
 PROJECT = Path(__file__).resolve().parent.parent
 SOURCE = ("train.py", "model/**/*.py", "optim/**/*.py", "data/**/*.py", "harness/**/*.py", "scripts/**/*.py",
           "configs/**/*.yaml", "configs/*.json", "requirements*.txt")
+LOOK_S = 0.5                            # a lock that is_held has for a moment is free by then
 COMPARED = ("device", "world_size", "cores", "platform", "versions", "activation_dtype", "compiled", "attention",
             "micro_batch_rows", "git_revision", "git_dirty", "train_data", "val_data")
 
@@ -57,31 +58,40 @@ def _copy(name: str, target: Path) -> None:
     shutil.copyfile(PROJECT / name, target / name)
 
 
-def note_resume(directory: Path, step: int, facts: dict) -> str:
-    """Add to env.json that the run goes on from `step`, and what is not as it was before; that in words, "" if nothing.
+def note_resume(directory: Path, step: int, checkpoint: Path | None, facts: dict) -> str:
+    """Add to env.json that the run goes on from `step`, and what is not as it was before; that in words.
 
-    Compared are machine, versions, revision, data and the files that train. From step 0 nothing is left of what ran
-    before, and env.json and source/ are written anew.
+    Compared are machine, versions, revision and the files that train. From step 0 nothing is left of what ran before,
+    and env.json and source/ are written anew.
+
+    Raises:
+        ResumeError: its data are not those that it began with.
     """
+    where = f"at step {step} from {checkpoint}" if checkpoint else f"at step 0: {directory} has no intact checkpoint"
     if step == 0:
         for old in directory.resolve().glob("source*"):
             if old != PROJECT:                                        # that run's own code runs
                 shutil.rmtree(old)
         _write_origin(directory, facts)
-        return ""
+        return where
     env, now = json.loads((directory / "env.json").read_text()), json.loads(json.dumps({**environment(), **facts}))
     env["resumes"] = [each for each in env.get("resumes", []) if each["step"] < step]           # steps run once more
     before = _compared(env, sources(directory / "source"))
     for each in env["resumes"]:
         before |= each["changed"]
     after = _compared(now, sources(PROJECT))
+    for key in ("train_data", "val_data"):
+        if (was := before.get(f"{key}.sha256")) != (found := after.get(f"{key}.sha256")):
+            raise ResumeError(f"{directory}: other {key} than it began with (sha256 {found}, was {was}); bring those "
+                              "files back, or start a new run, without --resume")
     changed = {key: after.get(key) for key in {**before, **after} if after.get(key) != before.get(key)}
     env["resumes"].append(dict(step=step, started=now["started"], command=now["command"], changed=changed))
     for key, digest in changed.items():
         if key.startswith("source.") and digest is not None:
             _copy(key.removeprefix("source."), directory / f"source-{step:06d}")
     write_text(directory / "env.json", json.dumps(env, indent=1) + "\n")
-    return ", ".join(f"{key} {after.get(key)}, was {before.get(key)}" for key in changed)
+    otherwise = [f"{key} {after.get(key)}, was {before.get(key)}" for key in changed]
+    return "\n".join([where, *(["not as before it was interrupted: " + "; ".join(otherwise)] if changed else [])])
 
 
 def mixed(directory: Path) -> dict[str, str]:
@@ -115,8 +125,12 @@ def sources(project: Path) -> dict[str, str]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one go: a reader sees the old text or the new, never half."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError:                                                   # the disk is full, say
+        part.unlink(missing_ok=True)
+        raise
 
 
 def environment() -> dict:
@@ -216,18 +230,27 @@ class ResumeError(ValueError):
 
 def hold(directory: Path):
     """Lock the run for as long as the returned file is open; the system gives it back however the process ends."""
-    file = open(directory / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ResumeError(f"{directory}: another process is running this run") from None
-    return file
+    file = open(directory / ".lock", "a+")                            # a sweep's trials have it as standard input
+    end = time.monotonic() + LOOK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.close()
+                raise ResumeError(f"{directory}: another process is running this run") from None
+            time.sleep(0.01)
 
 
 def is_held(directory: Path) -> bool:
+    """Whether a process runs this run. To look takes a share of the lock for a moment."""
     try:
-        hold(directory).close()
-    except ResumeError:
+        with open(directory / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
     return False
 

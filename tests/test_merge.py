@@ -162,6 +162,13 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("name, said", [("demo/muom.yaml", "did you mean demo/muon"), ("adanw", "did you mean adamw"),
+                                        ("zzz", "presets: adamw, demo, gpt2, muon, splus$")])
+def test_a_misspelt_preset_is_answered_with_those_that_are_near(name, said):
+    with pytest.raises(ConfigError, match=said):
+        load(name)
+
+
 def test_a_preset_is_found_by_its_name():
     for path in CONFIGS.glob("*.yaml"):
         assert find(path.stem) == find(path.name) == path

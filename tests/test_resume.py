@@ -1,12 +1,13 @@
 """Kills, signals and damage: a run that was cut off ends as if it had not been."""
 import json
 import signal
+import threading
 import time
 
 import pytest
 
 from harness.checkpoint import step_of
-from harness.rundir import mixed
+from harness.rundir import ResumeError, hold, is_held, mixed, write_text
 from tests.conftest import ROOT, losses, spawn, the_run, train_elsewhere, train_here
 
 LONG = ("steps=24", "checkpoint_every=5", "val_every=6")
@@ -118,6 +119,54 @@ def test_a_run_says_what_was_not_as_before_when_it_went_on(tiny, uninterrupted, 
     resumes = json.loads((run / "env.json").read_text())["resumes"]
     assert [(each["step"], len(each["changed"])) for each in resumes] == [(10, 3), (24, 0)]
     assert mixed(run) == changed and losses(run) == uninterrupted
+
+
+def test_a_run_is_not_continued_on_other_data(tiny):
+    run = stopped_at(tiny, 10)
+    env = json.loads((run / "env.json").read_text())
+    for key in ("train_data", "val_data"):
+        (run / "env.json").write_text(json.dumps(env | {key: env[key] | {"sha256": 64 * "0"}}))
+        done = train_elsewhere("--config", tiny, *LONG, "keep_checkpoints=9", "--resume", "auto")
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert done.returncode == 2 and f"other {key} than it began with" in line and "start a new run" in line
+    assert not (run / "summary.json").exists() and len(losses(run)) > 24                      # nothing was cut off
+
+
+def test_a_run_is_held_until_its_last_checkpoint_and_its_summary_are_written(tiny, monkeypatch):
+    from harness import checkpoint, rundir
+    held, save, write_text = [], checkpoint.save, rundir.write_text
+    monkeypatch.setattr(checkpoint, "save", lambda where, *rest: (held.append(is_held(where.parent)), save(where, *rest)))
+    monkeypatch.setattr(rundir, "write_text", lambda path, text: (
+        path.name == "summary.json" and held.append(is_held(path.parent)), write_text(path, text)))
+    assert train_here("--config", tiny, *LONG) == 0
+    assert len(held) == 6 and all(held) and not is_held(the_run(tiny))
+
+
+def test_whoever_looks_whether_a_run_is_held_keeps_nobody_from_holding_it(tmp_path):
+    looking = threading.Event()
+    looking.set()
+
+    def look():
+        while looking.is_set():
+            is_held(tmp_path)
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(300):
+            hold(tmp_path).close()
+        with hold(tmp_path), pytest.raises(ResumeError, match="another process is running this run"):
+            assert is_held(tmp_path)
+            hold(tmp_path)
+    finally:
+        looking.clear()
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError):
+        write_text(tmp_path / "there", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_run_of_which_nothing_is_left_is_only_what_ran_last(tiny):
