@@ -76,6 +76,10 @@ class Sweep(NamedTuple):
         """Those that configurations are tried with; None is the preset's own."""
         return self.tuning_seeds or self.seeds or (None,)
 
+    def is_tuning(self, row: dict) -> bool:
+        """Whether a row of results.jsonl is of a comparison's search, whose losses are not reported."""
+        return row["seed"] in self.tuning_seeds
+
     def parameters_of(self, base: str) -> tuple[Parameter, ...]:
         """Those of a preset: its own over the common ones."""
         return tuple({p.key: p for p in (*self.parameters, *self.spaces.get(base, ()))}.values())
