@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import signal
+import stat
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ class Processes:
 
 def start(deterministic: bool = False) -> Processes:
     """Join torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs) and choose this rank's device."""
+    keep_lock()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
@@ -70,6 +72,23 @@ def start(deterministic: bool = False) -> Processes:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
     return Processes(rank, world, device)
+
+
+def keep_lock() -> None:
+    """Keep a standard input that is a file from the processes that we start.
+
+    A sweep's trial has its lock there (scripts/sweep/run.py), and what outlives it, such as the service of wandb that
+    still uploads, must not hold that.
+    """
+    try:
+        is_file = stat.S_ISREG(os.fstat(0).st_mode)
+    except OSError:                                                   # there is none
+        return
+    if is_file:
+        os.dup(0)                                                     # open until we end, and not inherited
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
 
 
 def _cores() -> int:

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from data.shards import write_shard
-from harness.rundir import read_log
+from harness.rundir import hold, is_held, read_log
 from scripts.sweep.__main__ import entry
+from scripts.sweep.file import read
+from scripts.sweep.plan import plan
+from scripts.sweep.results import run_of, status_of
 from tests.conftest import ROOT, losses, train_here
 
 WAIT_S = 120
@@ -26,9 +29,9 @@ def write(tmp_path, text):
     return str(path), tmp_path / "out"
 
 
-def start(path, out, *more):
-    return subprocess.Popen([sys.executable, "-m", "scripts.sweep", path, "--out", str(out), *more], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(path, out, *more, program=("-m", "scripts.sweep"), **environment):
+    return subprocess.Popen([sys.executable, *program, path, "--out", str(out), *more], cwd=ROOT, text=True,
+                            env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def until(happened, sweep=None):
@@ -163,8 +166,7 @@ def test_ranks_under_torchrun_are_asked_to_save_and_are_ended_by_a_second_signal
 
     for signals in (1, 2):
         before = steps_done(out)
-        sweep = subprocess.Popen([sys.executable, "-c", TWO_RANKS, path, "--out", str(out)], cwd=ROOT,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        sweep = start(path, out, program=("-c", TWO_RANKS))
         until(lambda: steps_done(out) >= before + 3, sweep)
         assert len(workers()) == 3                                              # torchrun and its two
         if signals == 2:
@@ -179,3 +181,77 @@ def test_ranks_under_torchrun_are_asked_to_save_and_are_ended_by_a_second_signal
         if signals == 1:
             summary = json.loads((the_run(out) / "summary.json").read_text())
             assert (summary["status"], summary["world_size"]) == ("stopped", 2) and 3 <= summary["steps"] < steps
+
+
+SLOW = """
+import os, pathlib, signal, sys, time
+if "train.py" in " ".join(sys.orig_argv) and "torch.distributed.run" not in sys.orig_argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pathlib.Path(__file__).with_name(f"up-{os.getpid()}").touch()
+    while pathlib.Path(__file__).with_name("wait").exists():
+        time.sleep(0.05)
+"""
+
+
+@linux
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_trial_whose_sweep_was_killed_while_it_imports_is_seen_and_not_started_again(tiny, tmp_path, ranks):
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nparameters: {{steps: {{value: 12}}}}")
+    (trial,) = plan(read(Path(path)), out)
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(SLOW)                                # before Python imports anything
+    (slow / "wait").touch()
+    program = ("-m", "scripts.sweep") if ranks == 1 else ("-c", TWO_RANKS)
+    sweep = start(path, out, program=program, PYTHONPATH=str(slow))
+    until(lambda: len(list(slow.glob("up-*"))) == ranks, sweep)
+    torchrun = trial_process(sweep)
+    assert rows_of(out)[0]["status"] == "running" and rows_of(out)[0]["run"] is None
+    sweep.kill()
+    sweep.communicate()
+    if ranks == 2:
+        os.kill(torchrun, signal.SIGKILL)                                       # by the kernel, for memory
+        until(lambda: not Path(f"/proc/{torchrun}").exists())
+    assert status_of(trial) == "running"
+    if ranks == 1:
+        sweep = start(path, out, PYTHONPATH=str(slow))
+        said = ""
+        while "still running, left over" not in said:
+            said = sweep.stdout.readline()
+            assert said, "it ended"
+        (slow / "wait").unlink()
+        said, _ = sweep.communicate(timeout=WAIT_S)
+        assert sweep.returncode == 0 and len(list(slow.glob("up-*"))) == 1, said
+        assert the_run(out) and rows_of(out)[0]["status"] == "finished"
+    else:
+        for up in slow.glob("up-*"):
+            os.kill(int(up.name.removeprefix("up-")), signal.SIGKILL)
+        until(lambda: status_of(trial) == "waiting")
+
+
+def test_what_a_trial_leaves_behind_does_not_hold_its_lock(tmp_path):
+    """As wandb's service may, which still uploads."""
+    code = "import subprocess; from harness.processes import keep_lock; keep_lock(); " \
+           "print(subprocess.Popen(['sleep', '60']).pid, flush=True); " \
+           "import time; time.sleep(60)"
+    with hold(tmp_path) as lock:
+        trial = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=lock, stdout=subprocess.PIPE, text=True)
+    service = int(trial.stdout.readline())
+    try:
+        assert is_held(tmp_path)
+        trial.kill()
+        trial.wait()
+        assert Path(f"/proc/{service}").exists() and not is_held(tmp_path)
+    finally:
+        os.kill(service, signal.SIGKILL)
+
+
+def test_a_run_with_a_final_result_is_not_hidden_by_a_newer_one(tiny, tmp_path):
+    path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nparameters: {{steps: {{value: 12}}}}")
+    (trial,) = plan(read(Path(path)), out)
+    for name, status in (("a", "stopped"), ("b", "finished"), ("c", "stopped")):
+        (trial.folder / name).mkdir(parents=True)
+        (trial.folder / name / "env.json").write_text("{}")
+        (trial.folder / name / "summary.json").write_text(json.dumps(dict(status=status)))
+        time.sleep(0.01)
+        assert run_of(trial).name == dict(a="a", b="b", c="b")[name]

@@ -11,9 +11,9 @@ ENDED = (*FINAL, "crashed", "refused")  # nothing more is awaited, in this call 
 
 
 def run_of(trial: Trial) -> Path | None:
-    """Its newest run directory."""
+    """Its newest run directory, of those with a final result where there are any."""
     made = [env.parent for env in trial.folder.glob("*/env.json")]
-    return max(made, key=lambda run: (run / "env.json").stat().st_mtime_ns, default=None)
+    return max(made, key=lambda run: (state_of(run) in FINAL, (run / "env.json").stat().st_mtime_ns), default=None)
 
 
 def status_of(trial: Trial) -> str:
@@ -22,7 +22,7 @@ def status_of(trial: Trial) -> str:
     state = state_of(run) if run else "waiting"
     if state in FINAL:
         return state
-    if run and is_held(run):
+    if is_held(trial.folder) or run and is_held(run):                 # from before it has a run; without the sweep
         return "running"
     if pruned_of(trial):
         return "pruned"

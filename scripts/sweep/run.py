@@ -1,4 +1,9 @@
-"""Trials as processes: one to a slot, retried once, stopped and continued by the trainer's own exit code."""
+"""Trials as processes: one to a slot, retried once, stopped and continued by the trainer's own exit code.
+
+Each has its folder's lock as standard input, from before it exists, so that the lock is held exactly as long as one of
+its processes is there, torchrun's workers too, to whom standard input is all that it hands on; and nobody needs to
+have read, written or imported anything yet for the next call of a killed sweep to see it.
+"""
 import ctypes
 import os
 import shutil
@@ -11,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.processes import EXIT_REQUEUE
-from harness.rundir import PROJECT
+from harness.rundir import PROJECT, hold
 from scripts.sweep.pack import Slot
 from scripts.sweep.plan import Trial, write
 from scripts.sweep.results import FINAL, note_failure, status_of
@@ -55,7 +60,7 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
         more: called when there is room and nothing waits; trials to add, or none.
     """
     waiting = [(trial, 1) for trial in trials if status_of(trial) not in FINAL]
-    going, told, free, asked = [], 0, list(slots), False
+    going, told, free, asked, left = [], 0, list(slots), False, set()
     signals = Signals()
     try:
         while True:
@@ -66,7 +71,10 @@ def run(trials: list[Trial], slots: list[Slot], out: Path, changed: Callable[[Tr
                 break
             for trial, attempt in list(waiting) if free and not signals.count else ():
                 status = status_of(trial)
-                if status == "running" or not free:                   # left over from a killed sweep: it will end
+                if status == "running" and trial.name not in left:
+                    left.add(trial.name)
+                    changed(trial, "still running, left over from an earlier call; waiting for its end")
+                if status == "running" or not free:
                     continue
                 waiting.remove((trial, attempt))
                 if status in FINAL:
@@ -116,13 +124,14 @@ def tell(process: subprocess.Popen, number: int) -> None:
 
 
 def _start(trial: Trial, slot: Slot, attempt: int, out: Path) -> Going:
-    config = write(trial)
-    (trial.folder / "failure.json").unlink(missing_ok=True)
-    if attempt > 1:                                                   # a damaged cache may be why it crashed
-        shutil.rmtree(slot.caches(out), ignore_errors=True)
-    with open(trial.folder / "output.txt", "a") as output:
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    with hold(trial.folder) as lock, open(trial.folder / "output.txt", "a") as output:
+        config = write(trial)
+        (trial.folder / "failure.json").unlink(missing_ok=True)
+        if attempt > 1:                                               # a damaged cache may be why it crashed
+            shutil.rmtree(slot.caches(out), ignore_errors=True)
         process = subprocess.Popen(
-            train_command(slot.launcher(), config), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            train_command(slot.launcher(), config), stdin=lock, stdout=output, stderr=subprocess.STDOUT,
             env={**os.environ, **slot.environment(out)}, start_new_session=True, preexec_fn=settle(slot))
     return Going(trial, slot, attempt, process)
 
@@ -136,14 +145,14 @@ def settle(slot: Slot) -> Callable[[], None]:
     parent = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-    def settle():
+    def in_child():
         if slot.cores:
             os.sched_setaffinity(0, slot.cores)
         if libc is not None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:                                # killed already
                 os._exit(EXIT_REQUEUE)
-    return settle
+    return in_child
 
 
 def _ended(going: Going, stopping: bool) -> tuple[str, bool]:
