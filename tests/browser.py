@@ -1,5 +1,4 @@
 """A headless Chromium without network for tests of pages, driven over WebDriver (https://www.w3.org/TR/webdriver2/)."""
-import base64
 import json
 import shutil
 import socket
@@ -91,8 +90,3 @@ class Browser:
         """What the console has said since the last call, as an error or a warning."""
         return [each["message"] for each in self._ask("POST", "/se/log", {"type": "browser"})
                 if each["level"] in ("SEVERE", "WARNING")]
-
-    def picture(self, path) -> None:
-        """The whole page, as a PNG."""
-        taken = self.devtools("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(taken["data"]))

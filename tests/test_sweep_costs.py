@@ -135,4 +135,4 @@ def test_a_folder_that_is_no_comparison_s_is_one_line(ended, capsys):
     (ended / "sweep.yaml").write_text("method: grid\nbase: demo/muon.yaml\nparameters: {steps: {value: 3}}\n")
     assert or_refused(costs.main, [str(ended)]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "no sweep.yaml, so no sweep ran there" in first and "this sweep has no tuning_seeds" in second
+    assert "no sweep.yaml in it, so no sweep's folder" in first and "this sweep has no tuning_seeds" in second

@@ -16,8 +16,8 @@ from scripts.sweep.file import Configuration
 from scripts.sweep.plan import configuration_id
 from scripts.sweep.report import write
 from scripts.sweep.report.folder import read_folder, reference
-from scripts.sweep.report.groups import MOST_POINTS, band, effects, groups, line
-from scripts.sweep.report.pictures import limits
+from scripts.sweep.report.groups import MOST_POINTS, band, groups, line
+from scripts.sweep.report.pictures import effects, limits
 from scripts.sweep.tables import markdown, tables
 from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.conftest import TINY, losses, train_here
@@ -227,18 +227,24 @@ def test_a_comparison_shows_its_draws_and_reports_other_seeds(race):
 
 
 def test_a_ladder_has_its_effects_by_size_with_the_tables_intervals_and_verdicts(ladder):
-    assert "effects.png" in [path.name for path in write(ladder)]
-    found = effects(read_folder(ladder))
-    alone = {each.change: each for each in found if each.family == "added alone"}
-    assert [each.detected for each in alone.values()] == [True, False, True]
-    assert alone["one"].mean == pytest.approx(-.251) and alone["three <i>"].low < .502 < alone["three <i>"].high
+    assert [path.name for path in write(ladder) if path.suffix == ".png"] == ["final.png", "effects.png"]
     folder = read_folder(ladder)
-    shown = {row[0].text: row for table in tables(folder.rows, folder.sweep)[:1] for row in table.rows}
-    for each in alone.values():
-        assert f"{each.low:+.4f} to {each.high:+.4f}" in [cell.text for cell in shown[each.change]]
+    together, alone, left_out, rungs = effects(folder).values()
+    assert [(each.name, each.is_detected) for each in alone] == [("three <i>", True), ("one", True), ("two", False)]
+    assert alone[1].effect.difference == pytest.approx(-.251)
+    assert [each.name for each in together + left_out] == ["all", "without three <i>", "without one", "without two"]
+    made = tables(folder.rows, folder.sweep)
+    assert [table.title for table in made[:4]] == list(effects(folder))
+    for family, table in zip((together, alone, left_out, rungs), made):
+        for each, row in zip(family, table.rows):
+            texts = [cell.text for cell in row]
+            assert texts[0] == each.name and f"{each.effect.test.low:+.4f} to {each.effect.test.high:+.4f}" in texts
     data = json.loads(re.search(r'id="data">(.*?)</script>', (ladder / "report.html").read_text())[1])
     by_id = {figure["id"]: figure["data"][0]["y"] for figure in data["figures"]}
+    assert list(by_id) == ["final", "effects-all-together", "effects-added-alone", "effects-left-out-of-all",
+                           "effects-rung"]
     assert by_id["effects-added-alone"] == ["three &lt;i&gt;", "one", "two"]
+    assert by_id["effects-left-out-of-all"][0] == "without three &lt;i&gt;"
     assert by_id["effects-rung"] == ["one", "two", "three &lt;i&gt;"]
 
 
@@ -332,18 +338,18 @@ def test_what_files_say_is_text_on_the_page(browser, odd):
     open_page(browser, odd)
     assert browser.run("return document.querySelectorAll('body b, td script').length") == 0
     text = browser.run("return document.querySelector('#trials').innerText")
-    assert EVIL in text and f"note: {EVIL} [" in text or f"[{EVIL}]" in text
+    assert f"note: c [{EVIL}]" in text
     legend = browser.run("return [...document.querySelectorAll('#curves .legendtext')].map(each => each.textContent)")
     assert f"note {EVIL}" in legend, legend
 
 
 @pytest.mark.parametrize("kind, figures", [("race", ["learning-rates"]), ("ladder", [
-    "final", "effects-added-alone", "effects-left-out-of-all", "effects-rung"])])
+    "final", "effects-all-together", "effects-added-alone", "effects-left-out-of-all", "effects-rung"])])
 def test_the_figures_of_a_kind_are_drawn(browser, kind, figures, request):
     open_page(browser, request.getfixturevalue(kind))
     points = "return document.querySelectorAll('#%s .scatterlayer .point').length"
     for figure in figures:
-        assert browser.until(points % figure) >= 2, figure
+        assert browser.until(points % figure) >= (1 if figure.endswith("together") else 2), figure
     names = browser.run("return [...document.querySelectorAll('.plot')].map(each => each.id)")
     assert names == ["curves", *figures]
     if kind == "race":

@@ -83,21 +83,27 @@ def ladder_rows(changed=None, losses=LOSSES, **more):
     return rows
 
 
-def test_a_ladder_tests_every_change_alone_and_left_out_and_corrects_for_all_of_these():
-    alone, left_out, configurations = tables(ladder_rows(), LADDER)
-    pairs = [(("cap",), ()), (("residual",), ()), (("residual",), ("cap", "residual")), (("cap",), ("cap", "residual"))]
+def test_a_ladder_tests_all_changes_and_every_one_alone_and_left_out_and_corrects_for_all_of_these():
+    together, alone, left_out, configurations = tables(ladder_rows(), LADDER)
+    every = ("cap", "residual")
+    pairs = [(every, ()), (("cap",), ()), (("residual",), ()), (("residual",), every), (("cap",), every)]
     ps = [stats.ttest_rel(LOSSES[of], LOSSES[against]).pvalue for of, against in pairs]
-    assert 4 * ps[0] < 3 * ps[2] < 0.05 < 4 * ps[2] < 2 * ps[1] < ps[3] and ps[1] < 0.05
-    corrected = [4 * ps[0], 2 * ps[1], 3 * ps[2], ps[3]]
-    seen = [line for table in (alone, left_out) for line in table.rows]
-    assert [line[0].text for line in seen] == ["cap", "residual", "without cap", "without residual"]
-    at = alone.columns.index("p (Holm)")
-    assert [line[at].value for line in seen] == pytest.approx(corrected, rel=1e-9)
-    assert [line[at - 2].value for line in seen] == pytest.approx([-0.1, 0.065 / 3, 0.345 / 3, -0.02 / 3])
-    half = stats.t.ppf(1 - 0.05 / 4 / 2, 2) * 0.01 / math.sqrt(3)               # the gaps are -0.10, -0.09 and -0.11
+    assert 5 * ps[1] < 4 * ps[0] < 3 * ps[3] < 0.05 < 4 * ps[3] < 2 * ps[2] < ps[4] and ps[2] < 0.05
+    corrected = [4 * ps[0], 5 * ps[1], 2 * ps[2], 3 * ps[3], ps[4]]
+    seen = [(line[0].text, line[table.columns.index("p (Holm)")].value) for table in (together, alone, left_out)
+            for line in table.rows]
+    assert [name for name, _ in seen] == ["all", "cap", "residual", "without cap", "without residual"]
+    assert [p for _, p in seen] == pytest.approx(corrected, rel=1e-9)
+    at = alone.columns.index("p (Holm)") - 2
+    assert [line[at].value for line in alone.rows + left_out.rows] == pytest.approx(
+        [-0.1, 0.065 / 3, 0.345 / 3, -0.02 / 3])
+    assert together.title == "All together: every change at once, against the baseline"
+    assert [texts(together)[0][key] for key in ("sets", "with less without", "verdict")] == [
+        "model.softcap=30, model.value_residual=fixed", "-0.0933", "lowers the loss"]
+    half = stats.t.ppf(1 - 0.05 / 5 / 2, 2) * 0.01 / math.sqrt(3)               # the gaps are -0.10, -0.09 and -0.11
     assert texts(alone)[0] == {
         "change": "cap", "sets": "model.softcap=30", "pairs": "3 of 3", "val_loss with it": "3.0000",
-        "without it": "3.1000", "with less without": "-0.1000", "p (Holm)": f"{corrected[0]:.4f}",
+        "without it": "3.1000", "with less without": "-0.1000", "p (Holm)": f"{corrected[1]:.4f}",
         "simultaneous 95% interval": f"{-0.1 - half:+.4f} to {-0.1 + half:+.4f}", "verdict": "lowers the loss",
         "more seeds": ""}
     assert texts(alone)[1]["verdict"].startswith("no effect detected")          # though p < 0.05 before the correction
@@ -105,10 +111,10 @@ def test_a_ladder_tests_every_change_alone_and_left_out_and_corrects_for_all_of_
     assert (first["val_loss with it"], first["without it"], first["verdict"]) == ("3.0067", "3.1217", "raises the loss")
     sd = math.sqrt((0.01 ** 2 + 0.03 ** 2 + 0.02 ** 2 - 3 * (0.02 / 3) ** 2) / 2)
     assert second["verdict"] == ("no effect detected; the smallest detectable at n = 3 is "
-                                 f"{judge.detectable(3, sd, 0.05 / 4):.4f}")
-    assert second["more seeds"] == str(judge.more_paired(3, sd, 0.02 / 3, 0.05 / 4))
-    said = " ".join(alone.notes)
-    assert "Holm for 4 comparisons" in said and "98.75%" in said and "0.05/4" in said and "paired by seed" in said
+                                 f"{judge.detectable(3, sd, 0.05 / 5):.4f}")
+    assert second["more seeds"] == str(judge.more_paired(3, sd, 0.02 / 3, 0.05 / 5))
+    said = " ".join(together.notes)
+    assert "Holm for 5 comparisons" in said and "99.00%" in said and "0.05/5" in said and "paired by seed" in said
     assert [(line["configuration"], line["val_loss"]) for line in texts(configurations)] == [
         ("+ cap", "3.0000 ± 0.0954"), ("all", "3.0067 ± 0.1060"), ("baseline", "3.1000 ± 0.1000"),
         ("+ residual", "3.1217 ± 0.0978")]
@@ -116,11 +122,11 @@ def test_a_ladder_tests_every_change_alone_and_left_out_and_corrects_for_all_of_
 
 def test_a_rung_that_asks_what_a_change_alone_did_is_no_further_comparison():
     plain, rungs = tables(ladder_rows(), LADDER), tables(ladder_rows(), LADDER._replace(rungs=True))
-    assert [table.title.partition(":")[0] for table in rungs] == ["Added alone", "Left out of all", "Rungs",
-                                                                  "Configurations"]
-    assert rungs[:2] == plain[:2]
-    assert [cell.text for cell in rungs[2].rows[0]][:9] == [cell.text for cell in plain[0].rows[0]][:9]
-    back, forth = texts(plain[1])[1], texts(rungs[2])[1]                        # the last rung, and leaving it out
+    assert [table.title.partition(":")[0] for table in rungs] == ["All together", "Added alone", "Left out of all",
+                                                                  "Rungs", "Configurations"]
+    assert rungs[:3] == plain[:3]
+    assert [cell.text for cell in rungs[3].rows[0]][:9] == [cell.text for cell in plain[1].rows[0]][:9]
+    back, forth = texts(plain[2])[1], texts(rungs[3])[1]                        # the last rung, and leaving it out
     assert forth["p (Holm)"] == back["p (Holm)"] and forth["with less without"] == "+0.0067"
 
 
@@ -128,8 +134,8 @@ def test_rows_come_by_the_size_of_the_effect_and_rungs_in_their_order():
     losses = {**LOSSES, ("cap",): LOSSES[()], ("residual",): [loss - 1 for loss in LOSSES[()]]}
     losses[("cap",)] = [3.01, 3.10, 3.20]
     found = tables(ladder_rows(losses=losses), LADDER._replace(rungs=True))
-    assert [line[0].text for line in found[0].rows] == ["residual", "cap"]
-    assert [line[0].text for line in found[2].rows] == ["cap", "residual"]
+    assert [line[0].text for line in found[1].rows] == ["residual", "cap"]
+    assert [line[0].text for line in found[3].rows] == ["cap", "residual"]
 
 
 @pytest.mark.parametrize("changed, pairs, verdict, named", [
@@ -139,43 +145,44 @@ def test_rows_come_by_the_size_of_the_effect_and_rungs_in_their_order():
     ({(("cap",), 0): "crashed", ((), 1): "crashed"}, "1 of 3", "one pair of seeds: no test",
      "baseline: seed 1 crashed; + cap: seed 0 crashed"),
     ({(("cap",), 0): "running"}, "2 of 3", "no verdict before all seeds ended", "+ cap: seed 0 running"),
-    ({(("cap",), 0): "crashed"}, "2 of 3", "no effect detected; the smallest detectable at n = 2 is 0.6527",
-     "+ cap: seed 0 crashed"),                                  # 1.2816 (z of 0.9) · 50.92 (t of 0.05/8, 1) · 0.01
+    ({(("cap",), 0): "crashed"}, "2 of 3", "no effect detected; the smallest detectable at n = 2 is 0.8159",
+     "+ cap: seed 0 crashed"),                                 # 1.2816 (z of 0.9) · 63.657 (t of 0.05/10, 1) · 0.01
     ({(("cap",), seed): "refused" for seed in range(3)}, "0 of 3", "no seed that both finished",
      "+ cap: seeds 0, 1 and 2 refused")], ids=lambda case: case if isinstance(case, str) else "")
 def test_seeds_without_a_loss_are_named_and_what_diverged_has_no_mean(changed, pairs, verdict, named):
-    alone, _, configurations = tables(ladder_rows(changed), LADDER)
+    together, alone, _, configurations = tables(ladder_rows(changed), LADDER)
     line = next(line for line in texts(alone) if line["change"] == "cap")
     assert (line["pairs"], line["verdict"]) == (pairs, verdict)
     gap = line.get("with less without", "")
     assert ("diverged" in verdict or "no seed" in verdict) == (gap == "")
-    assert named in alone.notes[-1]
+    assert named in together.notes[-1]
     assert sum(bool(line["not finished"]) for line in texts(configurations)) == named.count(":")
 
 
 def test_what_has_no_test_still_counts_as_a_comparison_of_the_plan():
     """Or a change that crashes would make the verdicts on the others easier."""
-    alone, *_ = tables(ladder_rows({(("residual",), seed): "crashed" for seed in range(3)}), LADDER)
+    _, alone, *_ = tables(ladder_rows({(("residual",), seed): "crashed" for seed in range(3)}), LADDER)
     p = stats.ttest_rel(LOSSES[("cap",)], LOSSES[()]).pvalue
-    assert alone.rows[0][alone.columns.index("p (Holm)")].value == pytest.approx(4 * p)
+    assert alone.rows[0][alone.columns.index("p (Holm)")].value == pytest.approx(5 * p)
 
 
 def test_one_seed_or_equal_losses_have_no_verdict():
     one = {names: values[:1] for names, values in LOSSES.items()}
-    alone, *_ = tables(ladder_rows(losses=one), LADDER._replace(seeds=(0,)))
+    together, alone, *_ = tables(ladder_rows(losses=one), LADDER._replace(seeds=(0,)))
     assert {line["verdict"] for line in texts(alone)} == {"one pair of seeds: no test"}
-    assert texts(alone)[0]["with less without"] == "-0.1000" and "two seeds or more" in alone.notes[0]
+    assert texts(alone)[0]["with less without"] == "-0.1000" and "two seeds or more" in together.notes[1]
     assert "p (Holm)" not in alone.columns
     equal = {**LOSSES, ("cap",): LOSSES[()], ("residual",): [loss + 0.5 for loss in LOSSES[()]]}
-    alone, *_ = tables(ladder_rows(losses=equal), LADDER)
+    _, alone, *_ = tables(ladder_rows(losses=equal), LADDER)
     assert [line["verdict"] for line in texts(alone)] == ["the same difference at every seed: no test",
                                                           "equal at every seed"]
 
 
 def test_a_ladder_of_nothing_that_ran_has_tables_that_say_so():
-    alone, left_out, configurations = tables([], LADDER)
-    assert {line["verdict"] for line in texts(alone) + texts(left_out)} == {"no seed that both finished"}
-    assert "baseline: seeds 0, 1 and 2 not planned" in alone.notes[-1]
+    together, alone, left_out, configurations = tables([], LADDER)
+    assert {line["verdict"] for table in (together, alone, left_out) for line in texts(table)} == {
+        "no seed that both finished"}
+    assert "baseline: seeds 0, 1 and 2 not planned" in together.notes[-1]
     assert {line["seeds"] for line in texts(configurations)} == {"0 of 3"}
     markdown(alone), markdown(configurations)
 
@@ -186,14 +193,39 @@ def test_another_metric_is_named_and_a_target_that_a_seed_missed_has_no_mean():
         each["target_step"] += each["seed"] - (20 + each["seed"] ** 2) * ("model.softcap" in each["parameters"])
         each["tokens_per_s"] += 7 * each["seed"] ** 2 + 300 * ("model.value_residual" in each["parameters"]) * (
             1 + each["seed"] / 50)
-    alone, _, configurations = tables(rows, LADDER._replace(metric="tokens_per_s", maximize=True))
-    assert texts(alone)[0]["verdict"] == "raises tokens_per_s" and texts(alone)[0]["change"] == "residual"
+    _, alone, _, configurations = tables(rows, LADDER._replace(metric="tokens_per_s", maximize=True))
+    assert texts(alone)[0]["verdict"] == "raises tokens/s" and texts(alone)[0]["change"] == "residual"
     assert {texts(configurations)[i]["configuration"] for i in (0, 1)} == {"+ residual", "all"}      # the largest first
-    alone, *_ = tables(rows, LADDER._replace(metric="target_step"))
-    assert texts(alone)[0]["verdict"] == "lowers target_step" and texts(alone)[0]["with less without"] == "-22"
+    _, alone, *_ = tables(rows, LADDER._replace(metric="target_step"))
+    assert texts(alone)[0]["verdict"] == "lowers steps to target" and texts(alone)[0]["with less without"] == "-22"
+    assert alone.columns[3] == "steps to target with it"
     rows[0]["target_step"] = None
-    alone, *_ = tables(rows, LADDER._replace(metric="target_step"))
-    assert {line["verdict"] for line in texts(alone)} == {"without it no target_step at 1 of 3 seeds"}
+    _, alone, *_ = tables(rows, LADDER._replace(metric="target_step"))
+    assert {line["verdict"] for line in texts(alone)} == {"without it target not reached at 1 of 3 seeds"}
+
+
+def test_notes_explain_what_the_table_has_and_nothing_else():
+    detected = {names: [3.0 - 0.1 * len(names) + 0.1 * seed + 0.001 * len(names) * (-1)**seed for seed in range(5)]
+                for names in LOSSES}
+    together, *others = tables(ladder_rows(losses=detected), LADDER._replace(seeds=tuple(range(5))))
+    assert {line["verdict"] for table in (together, *others[:2]) for line in texts(table)} == {
+        "lowers the loss", "raises the loss"}
+    said = " ".join(together.notes)
+    assert "Holm for 5 comparisons" in said and "Smallest detectable" not in said and "More seeds" not in said
+    running = {(names, 2): "running" for names in LOSSES}
+    together, alone, *_ = tables(ladder_rows(running), LADDER)
+    assert {line["verdict"] for line in texts(alone)} == {"no verdict before all seeds ended"}
+    assert not any(word in " ".join(together.notes) for word in ("two seeds", "Holm", "Smallest"))
+
+
+def test_trials_with_different_data_are_called_out_over_the_table():
+    rows = [lr(0.1, seed, 3.0, train_data="a" * 12, val_data="b" * 12) for seed in range(3)] + [lr(0.2, 0, 3.0)]
+    table, = tables(rows, PLAIN)
+    assert not any("data" in note for note in table.notes)                      # a row of an older sweep has none
+    rows[1]["val_data"] = "c" * 12
+    table, = tables(rows, PLAIN)
+    assert table.notes[0] == ("Warning: mixed val data, so losses do not compare: bbbbbbbbbbbb (2 trials), "
+                              "cccccccccccc (1 trials).")
 
 
 # ---- comparisons
@@ -267,7 +299,8 @@ def test_a_target_not_reached_is_counted_and_gives_no_verdict():
         each["target_step"] = each["target_step"] if each["seed"] != 7 else 50
     results, _ = tables(rows, RACE._replace(metric="target_step"))
     assert [(line["preset"], line["verdict"]) for line in texts(results)] == [
-        ("adam", "baseline"), ("muon", "no target_step at 1 of 3 seeds"), ("soap", "no target_step at 3 of 3 seeds")]
+        ("adam", "baseline"), ("muon", "target not reached at 1 of 3 seeds"),
+        ("soap", "target not reached at 3 of 3 seeds")]
 
 
 @pytest.mark.parametrize("base, status, seed, said", [

@@ -47,9 +47,10 @@ class Turn(NamedTuple):
 def read(out: Path) -> dict:
     """costs.json; {} where there is none that can be read."""
     try:
-        return json.loads((out / "costs.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        found = json.loads((out / "costs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_due(out: Path) -> bool:
@@ -64,17 +65,13 @@ def reported(out: Path) -> dict[str, Path]:
     Raises:
         ConfigError: `out` is no sweep's folder, or the sweep no comparison.
     """
-    from scripts.sweep import file
-    for name in ("sweep.yaml", "results.jsonl"):
-        if not (out / name).exists():
-            raise ConfigError(f"{out}: no {name}, so no sweep ran there; name a folder like runs/sweeps/demo_race")
-    sweep = file.read(out / "sweep.yaml")
+    from scripts.sweep.report.folder import sweep_and_rows
+    sweep, rows = sweep_and_rows(out)
     if sweep.kind != "compare":
         raise ConfigError(f"{out}: costs are those of optimizers that are compared, and this sweep has no tuning_seeds")
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     found: dict[str, Path] = {}
     for row in rows:
-        if row["seed"] not in sweep.tuning_seeds and row["status"] == "finished":
+        if not sweep.is_tuning(row) and row["status"] == "finished":
             found.setdefault(row["configuration"], out / "trials" / row["trial"] / "trial.yaml")
     return found
 
@@ -111,7 +108,7 @@ def measure(configs: dict, rounds: int = ROUNDS, steps: int = STEPS) -> dict:
                        state_bytes=of[0].state_bytes, peak_bytes=of[0].peak_bytes, rounds=rounds)
              for key, of in zip(configs, turns)}
     return costs | dict(machine=machine(device), threads=torch.get_num_threads(),
-                        torch=torch.__version__, date=time.strftime("%Y-%m-%d"), processes=1,
+                        torch=torch.__version__, date=time.strftime("%Y-%m-%d"),
                         command=shlex.join(["python", "-m", "scripts.sweep.costs", *sys.argv[1:]]))
 
 

@@ -8,20 +8,24 @@ from typing import Any, NamedTuple
 import yaml
 
 from harness.rundir import mixed, read_log
+from harness.yaml_tree import ConfigError
 from scripts.logs import flat
+from scripts.sweep import costs
 from scripts.sweep.file import Sweep, read
 from scripts.sweep.parameter import in_yaml, is_number
+from scripts.sweep.tables.cells import DIGITS
 
+ROW = {"trial", "configuration", "base", "parameters", "baseline", "seed", "status", "steps", *DIGITS, "run", "device",
+       "git_revision", "git_dirty", "error"}                          # of results.jsonl: what is needed here
 ABSENT = "absent"                       # a key that a configuration does not have
 OF_THE_MACHINE = ("device", "git_revision", "git_dirty", "versions.torch", "versions.python", "versions.triton",
-                  "versions.cuda", "platform", "cores", "world_size", "activation_dtype", "compiled", "attention")
+                  "versions.cuda", "platform", "cores", "world_size", "activation_dtype", "compiled", "attention",
+                  "train_data.sha256", "val_data.sha256")
+NOT_COMPARED = {"losses": ("train_data.sha256", "val_data.sha256"),   # what does not compare where these are mixed
+                "seconds": ("device", "cores", "platform", "world_size")}
 
 
-class ReportError(ValueError):
-    """One line: what is wrong, where, what to do."""
-
-
-class Trial(NamedTuple):
+class LoggedTrial(NamedTuple):
     row: dict                           # its line of results.jsonl
     config: dict[str, Any]              # dotted key -> value, without seed and runs_dir; {} before it started
     env: dict[str, Any]                 # dotted key -> value of its run's env.json; {} without a run
@@ -31,52 +35,70 @@ class Trial(NamedTuple):
 
 class Folder(NamedTuple):
     path: Path
+    file: Path                          # the sweep's: sweep.yaml in it, or the one that it was asked for by
     sweep: Sweep
     text: str                           # of sweep.yaml
     costs: dict | None
-    trials: list[Trial]
+    trials: list[LoggedTrial]
 
     @property
     def rows(self) -> list[dict]:
         return [trial.row for trial in self.trials]
 
 
-def read_folder(path: Path) -> Folder:
-    """All of a sweep's folder. A trial's files that are missing or cut short are taken for not there yet.
+def read_folder(path: Path, file: Path | None = None) -> Folder:
+    """All of a sweep's folder. A trial's files that are missing or damaged are taken for not there yet.
+
+    Args:
+        file: a sweep file that stands for sweep.yaml in the report, where it says the same.
 
     Raises:
-        ReportError, ConfigError: no sweep is there, or its own files are damaged.
+        ConfigError: no sweep is there, or its own files are damaged.
     """
-    for name in ("sweep.yaml", "results.jsonl"):
-        if not (path / name).is_file():
-            raise ReportError(f"{path}: no {name} in it, so no sweep's folder; give that of a sweep that has started")
-    sweep = read(path / "sweep.yaml")
-    rows = []
-    for number, line in enumerate((path / "results.jsonl").read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise ReportError(f"{path / 'results.jsonl'}:{number}: no JSON; the sweep's command writes it anew"
-                              ) from None
-    if not rows:
-        raise ReportError(f"{path / 'results.jsonl'}: no trials in it; the sweep's command writes it anew")
-    costs = _json(path / "costs.json") or None
-    return Folder(path, sweep, (path / "sweep.yaml").read_text(encoding="utf-8"), costs,
+    sweep, rows = sweep_and_rows(path)
+    own = path / "sweep.yaml"
+    same = file is not None and file.is_file() and read(file)._replace(path=own) == sweep
+    return Folder(path, file if same else own, sweep, own.read_text(encoding="utf-8"), costs.read(path) or None,
                   [_trial(row, path) for row in rows])
 
 
-def _trial(row: dict, folder: Path) -> Trial:
+def sweep_and_rows(path: Path) -> tuple[Sweep, list[dict]]:
+    """(sweep.yaml, results.jsonl) of a sweep's folder; ConfigError as above."""
+    for name in ("sweep.yaml", "results.jsonl"):
+        if not (path / name).is_file():
+            raise ConfigError(f"{path}: no {name} in it, so no sweep's folder; give that of a sweep that has started")
+    sweep, results, rows = read(path / "sweep.yaml"), path / "results.jsonl", []
+    anew = "the sweep's command writes it anew"
+    try:
+        lines = results.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{results}: cannot be read: {getattr(error, 'strerror', error)}; {anew}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise ConfigError(f"{results}:{number}: no JSON; {anew}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("parameters"), dict) or ROW - row.keys():
+            raise ConfigError(f"{results}:{number}: not what a sweep says of a trial; {anew}")
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"{results}: no trials in it; {anew}")
+    return sweep, rows
+
+
+def _trial(row: dict, folder: Path) -> LoggedTrial:
     run = folder / row["run"] if row["run"] else None
     train, val, env = [], [], {}
-    if run and (run / "log.jsonl").is_file():
-        train, val = read_log(run)
-    if run and (env := dict(flat(_json(run / "env.json")))):
-        env |= mixed(run)                                             # `A, then B` where a resume changed it
+    try:
+        train, val = read_log(run) if run else ([], [])
+        env = dict(flat(_json(run / "env.json"))) | mixed(run) if run else {}    # `A, then B` where a resume changed it
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
     config = _yaml(folder / "trials" / row["trial"] / "trial.yaml") or (_yaml(run / "config.yaml") if run else {})
     if isinstance(config.get("optim"), list):                         # groups by name, not by their place
         config["optim"] = {group.get("name", position): group for position, group in enumerate(config["optim"])}
     config = {key: value for key, value in config.items() if key not in ("seed", "runs_dir", "trials")}
-    return Trial(row, dict(flat(config)), env, train, val)
+    return LoggedTrial(row, dict(flat(config)), env, train, val)
 
 
 def _json(path: Path) -> dict:
@@ -97,10 +119,6 @@ def _yaml(path: Path) -> dict:
 
 # ---- what it says together
 
-def is_tuning(row: dict, sweep: Sweep) -> bool:
-    return row["seed"] in sweep.tuning_seeds
-
-
 def missing(folder: Folder) -> list[str]:
     """What a finished sweep would have and this one has not, a line each."""
     states = Counter(row["status"] for row in folder.rows)
@@ -115,7 +133,7 @@ def missing(folder: Folder) -> list[str]:
         said += [f"{base}: {len(found)} of {sweep.budget} configurations tried" for base, found in tried.items()
                  if len(found) < sweep.budget]
     if sweep.kind == "compare":
-        reported = {row["base"] for row in folder.rows if not is_tuning(row, sweep)}
+        reported = {row["base"] for row in folder.rows if not sweep.is_tuning(row)}
         said += [f"{base}: no configuration chosen yet, so no run with a reporting seed"
                  for base in sweep.bases if base not in reported]
     if without := [row for row in folder.rows if row["status"] == "finished" and not row["run"]]:
@@ -129,18 +147,28 @@ def machine(folder: Folder) -> dict[str, list[str]]:
     """What the numbers depend on besides the configurations -> its values, the most frequent first."""
     found = {}
     for key in OF_THE_MACHINE:
-        short = key.removeprefix("versions.")
-        values = Counter(in_yaml(trial.env[key]) for trial in folder.trials if trial.env.get(key) is not None)
+        values = Counter(_shown(key, trial.env[key]) for trial in folder.trials if trial.env.get(key) is not None)
         if values:
-            found[short] = [value for value, _ in values.most_common()]
+            found[key] = [value for value, _ in values.most_common()]
     return found
+
+
+def _shown(key: str, value: Any) -> str:
+    return str(value)[:12] if key.endswith(".sha256") else in_yaml(value)
+
+
+def in_words(key: str) -> str:
+    """One of OF_THE_MACHINE."""
+    return key.removeprefix("versions.").removesuffix(".sha256").replace("_", " ")
 
 
 def warnings(folder: Folder) -> list[str]:
     """Why numbers of this sweep may not compare, or may not be repeated."""
-    said = [f"mixed {key.replace('_', ' ')}: {', '.join(values)}"
-            + ("; seconds do not compare" if key in ("device", "cores", "platform", "world_size") else "")
-            for key, values in machine(folder).items() if len(values) > 1]
+    said = []
+    for key, values in machine(folder).items():
+        if len(values) > 1:
+            spoilt = [f"; {what} do not compare" for what, keys in NOT_COMPARED.items() if key in keys]
+            said.append("".join([f"mixed {in_words(key)}: {', '.join(values)}", *spoilt]))
     if dirty := sum(bool(row["git_dirty"]) for row in folder.rows):
         said.append(f"{dirty} of {len(folder.rows)} trials ran with uncommitted changes: the revision alone does not "
                     "repeat them, the source/ in their run directories does")

@@ -9,10 +9,9 @@ from scripts.sweep.candidates import comparisons
 from scripts.sweep.candidates import label as short_name
 from scripts.sweep.file import Configuration
 from scripts.sweep.plan import configuration_id
-from scripts.sweep.report.folder import Folder, Trial, finite, is_tuning
 from scripts.sweep.parameter import in_yaml
-from scripts.sweep.tables import effects as paired_effects
-from scripts.sweep.tables.ladder import answers
+from scripts.sweep.report.folder import Folder, LoggedTrial, finite
+from scripts.sweep.tables.cells import finished, given, rank, varying
 
 # Okabe and Ito's colours, which the colour-blind tell apart, less their yellow, which white paper swallows.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C3E")
@@ -49,7 +48,7 @@ class Group(NamedTuple):
     words: list[str]                    # what it was given, as far as that differs between configurations
     colour: str
     dash: str                           # one of DASHES
-    trials: list[Trial]
+    trials: list[LoggedTrial]
 
     @property
     def base(self) -> str:
@@ -64,17 +63,16 @@ def groups(folder: Folder) -> list[Group]:
     """All of them, the best first, those without a result last."""
     sweep, of = folder.sweep, {}
     for trial in folder.trials:
-        of.setdefault((trial.row["configuration"], is_tuning(trial.row, sweep)), []).append(trial)
+        of.setdefault((trial.row["configuration"], sweep.is_tuning(trial.row)), []).append(trial)
     firsts = [trials[0].row for trials in of.values()]
     labels, styles = _labels(firsts, folder), _styles(firsts, folder)
-    found = [Group(key, tuning, labels[key, tuning], _words(trials[0].row, _varying(firsts)), *styles[key], trials)
+    found = [Group(key, tuning, labels[key, tuning], _words(trials[0].row, varying(firsts)), *styles[key], trials)
              for (key, tuning), trials in of.items()]
 
-    def rank(group: Group) -> tuple:
-        reached = list(final(group, sweep.metric).values())
-        mean = spread(reached).mean if reached else 0.0
-        return group.tuning, not reached, len(reached) < len(group.trials), -mean if sweep.maximize else mean
-    return sorted(found, key=rank)
+    def place(group: Group) -> tuple:
+        rows = [trial.row for trial in group.trials]
+        return group.tuning, *rank(finished(rows), len(rows), sweep)
+    return sorted(found, key=place)
 
 
 def final(group: Group, metric: str) -> dict[int, float]:
@@ -85,7 +83,7 @@ def final(group: Group, metric: str) -> dict[int, float]:
 
 # ---- curves
 
-def line(trial: Trial, loss: str) -> Line:
+def line(trial: LoggedTrial, loss: str) -> Line:
     """`loss` is a key of LOSSES."""
     key = LOSSES[loss][0]
     points = [(each["step"], each["train_s"], each[key]) for each in (trial.train if loss == "train" else trial.val)
@@ -114,27 +112,6 @@ def band(group: Group, loss: str) -> Band | None:
                 [each.high for each in spreads] if several else None, len(lines))
 
 
-# ---- a ladder's effects
-
-class Effect(NamedTuple):
-    change: str
-    family: str
-    n: int                              # pairs of seeds
-    mean: float
-    low: float | None                   # of the simultaneous interval, that of the tables; None where there is no test
-    high: float | None
-    detected: bool                      # by the tables' verdict
-
-
-def effects(folder: Folder) -> list[Effect]:
-    """Of each of a ladder's comparisons that has a mean difference, in the file's order."""
-    if folder.sweep.kind != "ladder":
-        return []
-    return [Effect(asked.change, asked.family, of.n, of.mean, of.test and of.test.low, of.test and of.test.high,
-                   of.test is not None and p < paired_effects.ALPHA)
-            for asked, of, p in answers(folder.rows, folder.sweep)[0] if of.mean is not None]
-
-
 # ---- a search's draws
 
 def rate_key(folder: Folder, base: str) -> str | None:
@@ -152,40 +129,27 @@ def chosen(found: Sequence[Group]) -> set[str]:
 
 # ---- names and colours
 
-def _varying(firsts: Sequence[dict]) -> list[str]:
-    """Parameters, and `config`, that differ between configurations."""
-    keys = dict.fromkeys(key for row in firsts for key in row["parameters"])
-    found = [key for key in keys if len({_value(row, key) for row in firsts}) > 1]
-    return [*(["config"] if len({row["base"] for row in firsts}) > 1 else []), *found]
-
-
-def _value(row: dict, key: str) -> str:
-    if key == "config":
-        return row["base"]
-    return in_yaml(row["parameters"][key]) if key in row["parameters"] else ""
-
-
-def _words(row: dict, varying: Sequence[str]) -> list[str]:
-    return [f"{key} = {value}" for key in varying if (value := _value(row, key))] or [row["base"]]
+def _words(row: dict, differing: Sequence[str]) -> list[str]:
+    return [f"{key} = {value}" for key in differing if (value := in_yaml(given(row, key)))] or [row["base"]]
 
 
 def _labels(firsts: Sequence[dict], folder: Folder) -> dict[tuple[str, bool], str]:
     """(Configuration, whether of a search) -> a short name."""
-    sweep, varying = folder.sweep, _varying(firsts)
+    sweep, differing = folder.sweep, varying(firsts)
     bases = {row["base"]: PurePath(row["base"]).stem for row in firsts}
     if len(set(bases.values())) < len(bases):
         bases = {base: base for base in bases}
-    short, labels = _shortest([key for key in varying if key != "config"]), {}
+    short, labels = _shortest([key for key in differing if key != "config"]), {}
     for row in firsts:
-        key, tuning = row["configuration"], is_tuning(row, sweep)
-        own = ", ".join(f"{end} {value}" for name, end in short.items() if (value := _value(row, name)))
+        key, tuning = row["configuration"], sweep.is_tuning(row)
+        own = ", ".join(f"{end} {value}" for name, end in short.items() if (value := in_yaml(given(row, name))))
         if sweep.kind == "ladder":
             label = short_name(Configuration(row["base"], row["parameters"]), sweep)
         elif sweep.kind == "compare":
             label = f"{bases[row['base']]}: {own}" if tuning and own else bases[row["base"]]
         else:
             name = bases[row["base"]]
-            label = ", ".join(filter(None, [name if "config" in varying else "", own])) or name
+            label = ", ".join(filter(None, [name if "config" in differing else "", own])) or name
         labels[key, tuning] = f"{label} (baseline)" if row["baseline"] and sweep.kind == "sweep" else label
     twice = Counter(labels.values())
     return {key: f"{label} [{key[0]}]" if twice[label] > 1 else label for key, label in labels.items()}
@@ -203,7 +167,7 @@ def _shortest(keys: Sequence[str]) -> dict[str, str]:
 
 def _styles(firsts: Sequence[dict], folder: Folder) -> dict[str, tuple[str, str]]:
     """Configuration -> (colour, dash): of one number's values by their size, of presets by the preset."""
-    sweep, varying = folder.sweep, _varying(firsts)
+    sweep, differing = folder.sweep, varying(firsts)
     keys = list(dict.fromkeys(row["configuration"] for row in firsts))
     if sweep.kind == "compare":
         bases = list(sweep.bases)
@@ -211,7 +175,8 @@ def _styles(firsts: Sequence[dict], folder: Folder) -> dict[str, tuple[str, str]
         return {key: _style(of_base[key]) for key in keys}
     if sweep.kind == "ladder":
         return _ladder_styles(keys, folder)
-    values = {row["configuration"]: row["parameters"].get(varying[0]) for row in firsts} if len(varying) == 1 else {}
+    alone = differing[0] if len(differing) == 1 else None
+    values = {row["configuration"]: row["parameters"].get(alone) for row in firsts if alone}
     if len(values) > 2 and len(finite(values.values())) == len(values):
         from matplotlib import colormaps, colors
         ordered = sorted(values, key=values.get)
@@ -227,12 +192,12 @@ def _style(number: int) -> tuple[str, str]:
 
 
 def _ladder_styles(keys: Sequence[str], folder: Folder) -> dict[str, tuple[str, str]]:
-    """A change's colour is its own: alone solid, left out dashed; what has none or all is black, rungs are grey."""
-    names, found = list(folder.sweep.changes), {}
-    for each in comparisons(folder.sweep):
-        colour = PALETTE[names.index(each.change) % len(PALETTE)] if each.change in names else GREY
-        found.setdefault(configuration_id(each.against), (BLACK, "dash" if found else "solid"))
-        found.setdefault(configuration_id(each.of), {
-            "all together": (BLACK, "dash"), "added alone": (colour, "solid"), "left out of all": (colour, "dash"),
-            "rung": (GREY, "dot")}[each.family])
+    """A change's colour is its own: alone solid, left out dashed; the baseline and all are black, rungs are grey."""
+    asked = comparisons(folder.sweep)
+    found = {configuration_id(folder.sweep.baseline): (BLACK, "solid")}
+    for family in ("all together", "added alone", "left out of all", "rung"):
+        for number, each in enumerate(each for each in asked if each.family == family):
+            found.setdefault(configuration_id(each.of), {
+                "all together": (BLACK, "dashdot"), "added alone": (PALETTE[number % len(PALETTE)], "solid"),
+                "left out of all": (PALETTE[number % len(PALETTE)], "dash"), "rung": (GREY, "dot")}[family])
     return {key: found.get(key, (GREY, "dashdot")) for key in keys}

@@ -2,6 +2,9 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const FONT = {family: getComputedStyle(document.body).fontFamily, size: 13, color: "#1a1a1a"};
 const AXIS = {gridcolor: "#ebebeb", zeroline: false, linecolor: "#999", ticks: "outside", tickcolor: "#999"};
+const LAYOUT = {font: FONT, margin: {l: 64, r: 16, t: 34, b: 52}, hovermode: "closest", plot_bgcolor: "#fff",
+                paper_bgcolor: "#fff",
+                hoverlabel: {align: "left", bgcolor: "#fff", bordercolor: "#999", font: {...FONT, size: 12}}};
 const CONFIG = {displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",   // nothing leaves
                 modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
 const escaped = text => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -13,9 +16,9 @@ const state = {loss: DATA.curves.losses.length ? DATA.curves.losses[0][0] : null
                tuning: !DATA.curves.groups.some(group => !group.tuning), logx: false, logy: false};
 
 // What is beside a point: every loss there is at its step.
-function others(curves, step, which) {
+function others(curveOf, step, which) {
   return DATA.curves.losses.filter(([loss]) => loss !== which).map(([loss, name]) => {
-    const at = curves(loss), i = at ? at.step.indexOf(step) : -1;
+    const at = curveOf(loss), i = at ? at.step.indexOf(step) : -1;
     return i < 0 ? "" : `<br>${name} ${number(at.loss[i])}`;
   }).join("");
 }
@@ -75,8 +78,7 @@ function curves() {
   const count = DATA.curves.groups.filter(group => state.tuning || !group.tuning).length;
   const drawn = traces(), range = state.logx ? undefined : later(drawn);
   Plotly.react("curves", drawn, {
-    font: FONT, height: 520, margin: {l: 64, r: 16, t: 34, b: 52}, hovermode: "closest", hoverlabel: {align: "left",
-      bgcolor: "#fff", bordercolor: "#999", font: {...FONT, size: 12}}, plot_bgcolor: "#fff", paper_bgcolor: "#fff",
+    ...LAYOUT, height: 520,
     uirevision: state.x + state.loss + state.logx + state.logy, showlegend: true,
     legend: {itemsizing: "constant", font: {size: count > 14 ? 11 : 12}, traceorder: "normal"},
     xaxis: {...AXIS, title: {text: state.x === "step" ? "step" : "seconds on the clock"},
@@ -119,8 +121,7 @@ if (state.loss) {
 for (const figure of DATA.figures) {
   const {xaxis = {}, yaxis = {}, ...more} = figure.layout;
   Plotly.newPlot(figure.id, figure.data, {
-    font: FONT, height: figure.height || 440, margin: {l: 64, r: 16, t: 34, b: 52}, hovermode: "closest",
-    hoverlabel: {align: "left", bgcolor: "#fff", bordercolor: "#999", font: {...FONT, size: 12}},
+    ...LAYOUT, height: figure.height || 440,
     xaxis: {...AXIS, ...xaxis}, yaxis: {...AXIS, ...yaxis}, ...more}, CONFIG);
 }
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.sweep.parameter import in_yaml
-from scripts.sweep.report import folder as read
-from scripts.sweep.report.folder import Folder
+from scripts.sweep.report.folder import Folder, difference, finite, reference
 from scripts.sweep.report.groups import Group
 from scripts.sweep.report.heading import heading
 from scripts.sweep.report.plots import curves, figures
 from scripts.sweep.tables import Cell, Table
+from scripts.sweep.tables.cells import titled, value_cell
 
 HERE = Path(__file__).parent
 MOST_DIFFERENCES = 4                    # of a trial that are shown at once; those that the sweep gave it come first
@@ -26,7 +26,7 @@ def page(folder: Folder, found: Sequence[Group], tables: Sequence[Table]) -> str
     return environment.get_template("page.html").render(
         heading=heading(folder), most=MOST_DIFFERENCES,
         date=time.strftime("%Y-%m-%d %H:%M %Z"), tables=tables, trials=trials(folder, found),
-        figures=drawn, common=read.reference(folder), file=folder.text,
+        figures=drawn, common=reference(folder), file=folder.text,
         data=script_json({"curves": curves(found), "figures": drawn}), plotly=get_plotlyjs(),
         css=(HERE / "page.css").read_text(), js=(HERE / "page.js").read_text())
 
@@ -39,25 +39,26 @@ def script_json(data) -> str:
 
 def trials(folder: Folder, found: Sequence[Group]) -> dict:
     """A row a trial, with how its configuration differs from the common one between what it reached and where."""
-    _, common = read.reference(folder)
+    _, common = reference(folder)
     metric, searched, listed = folder.sweep.metric, folder.sweep.kind == "compare", []
     for group in found:
         for trial in group.trials:
             row = trial.row
-            differs = read.difference(trial.config, common) if trial.config else []
+            differs = difference(trial.config, common) if trial.config else []
             differs.sort(key=lambda each: each[0] not in row["parameters"])     # stable
             revision = (row["git_revision"] or "")[:10] + (" + changes" if row["git_dirty"] else "")
             search = [Cell("tuning" if group.tuning else "", int(group.tuning))] if searched else []
-            before = [Cell(group.label, group.label), *search,
+            before = [value_cell(group.label), *search,
                       Cell("" if row["seed"] is None else str(row["seed"]), row["seed"]),
                       Cell(row["status"].replace("_", " "), row["status"]), _cell(row["steps"], ",d"),
                       _cell(row[metric], ".4f" if "loss" in metric else ",.1f"), _cell(row["train_s"], ",.1f")]
             after = [Cell(row["device"] or "", row["device"]), Cell(revision, revision)]
             listed.append({"trial": row["trial"], "run": row["run"], "error": row["error"], "before": before,
                            "started": bool(trial.config), "differs": differs, "after": after})
-    columns = ["trial", "what", *(["search"] * searched), "seed", "status", "step", metric, "train s", "differs in",
-               "device", "revision"]
-    return {"columns": columns, "numeric": [columns.index(name) for name in ("seed", "step", metric, "train s")],
+    results = titled([metric, "train_s"])
+    columns = ["trial", "what", *(["search"] * searched), "seed", "status", "step", *results, "differs in", "device",
+               "revision"]
+    return {"columns": columns, "numeric": [columns.index(name) for name in ("seed", "step", *results)],
             "rows": listed}
 
 
@@ -69,4 +70,4 @@ def _numeric(table: Table) -> list[int]:
 
 
 def _cell(value, form: str) -> Cell:
-    return Cell("", None) if value is None else Cell(format(value, form), value if read.finite([value]) else None)
+    return Cell("", None) if value is None else Cell(format(value, form), value if finite([value]) else None)

@@ -5,9 +5,8 @@ from html import escape
 
 from scripts.judge import spread
 from scripts.sweep.report.folder import Folder
-from scripts.sweep.report.groups import (GREY, LOSSES, Band, Group, Line, band, chosen, effects, final, line,
-                                         rate_key)
-from scripts.sweep.report.pictures import NAMES, by_size, colour_of, limits, title_of
+from scripts.sweep.report.groups import GREY, LOSSES, Band, Group, Line, band, chosen, final, line, rate_key
+from scripts.sweep.report.pictures import NAMES, colour_of, effects, limits
 
 DIGITS = 6                              # significant, of what the page holds
 
@@ -113,20 +112,23 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
 
 def _effects(folder: Folder) -> list[dict]:
     measured, figures = effects(folder), []
-    ends = [end for each in measured for end in (0, each.mean, each.low, each.high) if end is not None] or [0]
+    every = [each.effect for several in measured.values() for each in several]
+    ends = [0, *(each.difference for each in every), *(end for each in every if each.test
+                                                       for end in (each.test.low, each.test.high))]
     room = .04 * (max(ends) - min(ends)) or 1
-    for family in dict.fromkeys(each.family for each in measured):
-        several = [each for each in measured if each.family == family]
-        several = several if family == "rung" else by_size(several)
-        trace = {"type": "scatter", "mode": "markers", "x": _short([e.mean for e in several]), "showlegend": False,
-                 "y": [escape(e.change) for e in several], "hovertemplate": "%{text}<extra></extra>",
-                 "marker": {"size": 11, "color": [colour_of(e) for e in several]},
-                 "error_x": {"type": "data", "color": GREY, "thickness": 1.6, "width": 5,
-                             "array": _short([e.high - e.mean if e.high is not None else 0 for e in several])},
-                 "text": [_hover(e.change, family, f"{e.mean:+.5f}, {e.n} seeds", f"95%: {e.low:+.5f} to {e.high:+.5f}"
-                                 if e.low is not None else "no interval") for e in several]}
+    for title, several in measured.items():
+        family = several[0].asked.family
+        tested = [(each, each.effect, each.effect.test) for each in several]
+        trace = {"type": "scatter", "mode": "markers", "x": _short([effect.difference for _, effect, _ in tested]),
+                 "y": [escape(each.name) for each in several], "hovertemplate": "%{text}<extra></extra>",
+                 "showlegend": False, "marker": {"size": 11, "color": [colour_of(each) for each in several]},
+                 "error_x": {"type": "data", "color": GREY, "thickness": 1.6, "width": 5, "array": _short(
+                     [test.high - effect.difference if test else 0 for _, effect, test in tested])},
+                 "text": [_hover(each.name, family, f"{effect.difference:+.5f}, {effect.n} seeds",
+                                 f"95%: {test.low:+.5f} to {test.high:+.5f}" if test else "no interval")
+                          for each, effect, test in tested]}
         figures.append({
-            "id": f"effects-{family.replace(' ', '-')}", "title": title_of(family), "data": [trace],
+            "id": f"effects-{family.replace(' ', '-')}", "title": title, "data": [trace],
             "note": f"Differences in {NAMES[folder.sweep.metric]} over equal seeds; the intervals of all comparisons "
                     "together hold with 95%; grey where no effect was detected.",
             "height": 130 + 34 * len(several),

@@ -1,4 +1,5 @@
 """What a table is made of: cells that know what they are sorted by, means over seeds, Markdown."""
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ from scripts.sweep.parameter import in_yaml, is_number
 
 # Results that a mean is taken of -> digits after the point.
 DIGITS = {"val_loss": 4, "val_loss_avg": 4, "target_step": 0, "target_train_s": 1, "train_s": 1, "tokens_per_s": 0}
+TITLES = {"target_step": "steps to target", "target_train_s": "seconds to target", "train_s": "train s",
+          "tokens_per_s": "tokens/s"}   # of columns that are not called by their key
 
 
 class Cell(NamedTuple):
@@ -22,8 +25,8 @@ class Table(NamedTuple):
     notes: list[str]
 
 
-def made(title: str, columns: Sequence[str], rows: list[list[Cell]], notes: list[str],
-         kept: Sequence[str] = ()) -> Table:
+def without_empty_columns(title: str, columns: Sequence[str], rows: list[list[Cell]], notes: list[str],
+                          kept: Sequence[str] = ()) -> Table:
     """Without the columns that no row has anything in, but for `kept`."""
     used = [i for i, column in enumerate(columns) if column in kept or any(row[i].text for row in rows)]
     return Table(title, tuple(columns[i] for i in used), [[row[i] for i in used] for row in rows], notes)
@@ -66,7 +69,7 @@ def rank(done: Sequence[dict], planned: int, sweep: Sweep) -> tuple:
     return not values, len(values) < planned, -mean if sweep.maximize else mean
 
 
-def missing(group: Sequence[dict], planned: Iterable[int] = ()) -> str:
+def unfinished(group: Sequence[dict], planned: Iterable[int] = ()) -> str:
     """`seed 3 crashed, seeds 4 and 5 waiting`: what has not finished, or has no trial."""
     states = {}
     for row in group:
@@ -77,42 +80,73 @@ def missing(group: Sequence[dict], planned: Iterable[int] = ()) -> str:
     return ", ".join(f"seed{'s' * (len(seeds) > 1)} {listed(seeds)} {state}" for state, seeds in states.items())
 
 
+def varying(firsts: Sequence[dict]) -> list[str]:
+    """`config`, and the parameters, that differ between configurations, of which these are the first rows."""
+    keys = ["config", *dict.fromkeys(key for row in firsts for key in row["parameters"])]
+    return [key for key in keys if len({in_yaml(given(row, key)) for row in firsts}) > 1]
+
+
+def given(row: dict, key: str) -> Any:
+    """What a trial has of one of `varying`; "" for nothing."""
+    return row["base"] if key == "config" else row["parameters"].get(key, "")
+
+
+def mixed_data(rows: Iterable[dict]) -> list[str]:
+    """A note for each kind of data that is not the same in all trials; rows of old have none."""
+    notes = []
+    for key in ("train_data", "val_data"):
+        if len(found := Counter(row[key] for row in rows if row.get(key))) > 1:
+            said = ", ".join(f"{data} ({count} trials)" for data, count in found.most_common())
+            notes.append(f"Warning: mixed {key.replace('_', ' ')}, so losses do not compare: {said}.")
+    return notes
+
+
+def about_seconds(rows: Iterable[dict]) -> list[str]:
+    return ["Seconds compare only where trials were packed alike and the machine did nothing else; losses and steps "
+            "always do."] if any(row["train_s"] is not None for row in rows) else []
+
+
 def listed(words: Iterable[Any]) -> str:
     """`a, b and c`"""
     *first, last = map(str, words)
     return f"{', '.join(first)} and {last}" if first else last
 
 
-# ---- cells
+# ---- cells and columns
 
-def value(said: Any) -> Cell:
+def titled(keys: Iterable[str]) -> list[str]:
+    """The columns of results."""
+    return [TITLES.get(key, key) for key in keys]
+
+
+def value_cell(said: Any) -> Cell:
     return Cell(in_yaml(said), said if is_number(said) else in_yaml(said))
 
 
-def seeds(group: Sequence[dict], planned: int) -> Cell:
+def seeds_cell(group: Sequence[dict], planned: int) -> Cell:
     return Cell(f"{len(finished(group))} of {planned}", len(finished(group)))
 
 
-def mean(done: Sequence[dict], key: str) -> Cell:
+def mean_cell(done: Sequence[dict], key: str) -> Cell:
     """`1.2345 ± 0.0012`, and of how many seeds where not of all."""
     values = [row[key] for row in done if row[key] is not None]
     if not values:
         return Cell("")
     found = spread(values)
-    said = number(found.mean, key) + ("" if found.sd is None else f" ± {number(found.sd, key)}")
+    said = rounded(found.mean, key) + ("" if found.sd is None else f" ± {rounded(found.sd, key)}")
     return Cell(said if len(values) == len(done) else f"{said} ({len(values)} of {len(done)})", found.mean)
 
 
-def interval(done: Sequence[dict], key: str) -> Cell:
+def interval_cell(done: Sequence[dict], key: str) -> Cell:
     """The 95% interval of the mean, where there is a spread."""
     values = [row[key] for row in done if row[key] is not None]
     found = spread(values) if values else None
-    return between(found.low, found.high, key) if found and found.sd is not None else Cell("")
+    return range_cell(found.low, found.high, key) if found and found.sd is not None else Cell("")
 
 
-def between(low: float, high: float, key: str, sign: str = "") -> Cell:
-    return Cell(f"{number(low, key, sign)} to {number(high, key, sign)}", low)
+def range_cell(low: float, high: float, key: str, sign: str = "") -> Cell:
+    return Cell(f"{rounded(low, key, sign)} to {rounded(high, key, sign)}", low)
 
 
-def number(x: float, key: str, sign: str = "") -> str:
+def rounded(x: float, key: str, sign: str = "") -> str:
     return f"{x:{sign},.{DIGITS[key]}f}"

@@ -7,8 +7,9 @@ from scripts.sweep.file import Sweep
 from scripts.sweep.plan import chosen
 from scripts.sweep.results import ENDED, FINAL
 from scripts.sweep.tables import effects
-from scripts.sweep.tables.cells import Cell, Table, finished, grouped, interval, listed, made, mean, measured, \
-    missing, rank, seeds, value
+from scripts.sweep.tables.cells import (Cell, Table, about_seconds, finished, grouped, interval_cell, listed,
+                                        mean_cell, measured, rank, seeds_cell, titled, unfinished, value_cell,
+                                        without_empty_columns)
 
 EDGE = 0.1                              # of a range, at either end
 # Column -> key of costs.json, divisor, digits.
@@ -18,9 +19,9 @@ COSTS = {"optimizer ms": ("optimizer_ms", 1, 2), "step ms": ("step_ms", 1, 1),
 
 def compare(rows: Sequence[dict], sweep: Sweep, costs: dict | None) -> list[Table]:
     """The presets with their reported seeds, best first, and every configuration of their tuning."""
-    tuning = {base: [row for row in rows if row["base"] == base and row["seed"] in sweep.tuning_seeds]
+    tuning = {base: [row for row in rows if row["base"] == base and sweep.is_tuning(row)]
               for base in sweep.bases}
-    reported = {base: [row for row in rows if row["base"] == base and row["seed"] not in sweep.tuning_seeds]
+    reported = {base: [row for row in rows if row["base"] == base and not sweep.is_tuning(row)]
                 for base in sweep.bases}
     best = {base: _best(tuning[base], reported[base], sweep) for base in sweep.bases}
     tuned = list(dict.fromkeys(p.key for base in sweep.bases for p in sweep.parameters_of(base) if _is_tuned(p)))
@@ -58,34 +59,33 @@ def _results(tuning: dict, reported: dict, best: dict, tuned: list[str], sweep: 
     lines = []
     for preset in sorted(sweep.bases, key=lambda preset: rank(finished(reported[preset]), planned, sweep)):
         group, done, row = reported[preset], finished(reported[preset]), best[preset]
-        results = [_of_target(done, column) if column.startswith("target") else mean(done, column)
+        results = [_of_target(done, column) if column.startswith("target") else mean_cell(done, column)
                    for column in columns]
-        line = [Cell(preset, preset), *(value(row["parameters"].get(key, "")) if row else Cell("") for key in tuned),
-                seeds(group, planned), results[0], interval(done, metric), *results[1:],
+        line = [value_cell(preset), *(value_cell(row["parameters"].get(key, "")) if row else Cell("") for key in tuned),
+                seeds_cell(group, planned), results[0], interval_cell(done, metric), *results[1:],
                 *_costs(costs.get(row["configuration"]) if row else None)]
         if others:
             line += (effects.cells(found[preset], ps[preset], len(others), metric, words) if preset in found
-                     else [Cell(""), Cell(""), Cell(""), Cell("baseline", "baseline"), Cell("")])
-        said = missing(group, sweep.seeds if group else ())
+                     else [Cell(""), Cell(""), Cell(""), value_cell("baseline"), Cell("")])
+        said = unfinished(group, sweep.seeds if group else ())
         lines.append([*line, Cell(said or ("" if group else _why_none(tuning[preset], row, sweep)))])
-    titles = {"target_step": "steps to target", "target_train_s": "seconds to target"}
-    head = ["preset", *tuned, "seeds", *(titles.get(column, column) for column in columns[:1]), "95% interval",
-            *(titles.get(column, column) for column in columns[1:]), *COSTS,
-            *((f"{metric} less baseline's", *effects.COLUMNS) if others else ()), "not finished"]
+    columns = titled(columns)
+    head = ["preset", *tuned, "seeds", *columns[:1], "95% interval", *columns[1:], *COSTS,
+            *((f"{titled([metric])[0]} less baseline's", *effects.COLUMNS) if others else ()), "not finished"]
     notes = [*_about_tuning(tuning, sweep), *_edges(tuning, best, sweep)]
     if others:
-        notes += effects.notes(len(others), list(found.values()))
-    if any(row["train_s"] is not None for row in every):
-        notes.append("Seconds compare only where trials were packed alike; losses and steps always do.")
+        notes += effects.notes(len(others), list(found.values()), list(ps.values()))
+    notes += about_seconds(every)
     if costs:
         where = ", ".join(str(costs[key]) for key in ("machine", "date") if costs.get(key))
         notes.append(f"Optimizer and step milliseconds and memory: measured one by one{f' on {where}' * bool(where)}.")
-    return made(f"Results: {planned} seeds of the best that tuning found for each preset", head, lines, notes, head[:1])
+    return without_empty_columns(f"Results: {planned} seeds of the best that tuning found for each preset", head, lines,
+                                 notes, head[:1])
 
 
 def _of_target(done: Sequence[dict], key: str) -> Cell:
     """Where no seed reached it, that."""
-    return mean(done, key) if any(row[key] is not None for row in done) or not done else Cell(f"0 of {len(done)}")
+    return mean_cell(done, key) if any(row[key] is not None for row in done) or not done else Cell(f"0 of {len(done)}")
 
 
 def _costs(cost: dict | None) -> list[Cell]:
@@ -97,7 +97,7 @@ def _why_none(tuning: Sequence[dict], best: dict | None, sweep: Sweep) -> str:
     ended, planned = sum(row["status"] in ENDED for row in tuning), _planned(tuning, sweep)
     if ended < planned:
         return f"tuning: {ended} of {planned} trials ended"
-    return "waiting" if best else f"no configuration has a {sweep.metric} at all tuning seeds"
+    return "waiting" if best else f"no configuration has a {titled([sweep.metric])[0]} at all tuning seeds"
 
 
 def _tuning(tuning: dict, best: dict, tuned: list[str], sweep: Sweep) -> Table:
@@ -106,13 +106,14 @@ def _tuning(tuning: dict, best: dict, tuned: list[str], sweep: Sweep) -> Table:
         groups = grouped(rows)
         for key in sorted(groups, key=lambda key: rank(finished(groups[key]), planned, sweep)):
             group, taken = groups[key], best[base] is not None and best[base]["configuration"] == key
-            lines.append([Cell(base, base), *(value(group[0]["parameters"].get(each, "")) for each in tuned),
-                          seeds(group, planned), mean(finished(group), sweep.metric), Cell(missing(group)),
-                          Cell("chosen", "chosen") if taken else Cell("")])
-    head = ["preset", *tuned, "seeds", sweep.metric, "not finished", "chosen"]
-    notes = [f"Ranked by {sweep.metric} over the tuning seed{'s' * (planned > 1)} {listed(sweep.tuning_seeds)}. The "
+            lines.append([value_cell(base), *(value_cell(group[0]["parameters"].get(each, "")) for each in tuned),
+                          seeds_cell(group, planned), mean_cell(finished(group), sweep.metric),
+                          Cell(unfinished(group)), value_cell("chosen") if taken else Cell("")])
+    metric, = titled([sweep.metric])
+    head = ["preset", *tuned, "seeds", metric, "not finished", "chosen"]
+    notes = [f"Ranked by {metric} over the tuning seed{'s' * (planned > 1)} {listed(sweep.tuning_seeds)}. The "
              "best of several is lucky there: compare presets by their results."]
-    return made("Tuning", head, lines, notes, head[:1])
+    return without_empty_columns("Tuning", head, lines, notes, head[:1])
 
 
 # ---- notes
