@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from data.arguments import Parser
+from data.arguments import Parser, or_refused
 
 CURVES = Path(__file__).resolve().parent.parent / "configs" / "records" / "curves"
 SIGMAS = 3
@@ -167,20 +167,27 @@ def draw(runs: list, names: list[str], record: dict, out: Path) -> None:
 
 def report_sweep(args) -> int:
     """The report of one sweep, given by its folder or by its file."""
-    folder = args.runs[0] if args.runs[0].is_dir() else Path("runs/sweeps") / args.runs[0].stem
-    try:
-        if len(args.runs) > 1 or args.record or args.out:
-            raise ReportError(f"{args.runs[0]} is a sweep: report one at a time, without --record and --out")
-        if not folder.is_dir():
-            raise ReportError(f"{folder}: no such folder; run the sweep first, or give the folder it has (--out)")
-        from scripts.sweep.report import write               # torch is loaded here
-        print("\n".join(map(str, write(folder))))
-    except (ValueError, OSError) as error:                   # our own refusals are subclasses of ValueError
-        if type(error) is ValueError:
-            raise
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    from harness.yaml_tree import ConfigError
+    from scripts.sweep.report import write                   # torch is loaded here
+    given = args.runs[0]
+    if len(args.runs) > 1 or args.record or args.out:
+        raise ConfigError(f"{given} is a sweep: report one at a time, without --record and --out")
+    folder = given
+    if not given.is_dir():
+        folder = given.parent if (given.parent / "results.jsonl").exists() else Path("runs/sweeps") / given.stem
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; run the sweep first, or give the folder it has (--out)")
+    print("\n".join(map(str, write(folder, None if given.is_dir() else given))))
     return 0
+
+
+def check_runs(paths: list[Path]) -> None:
+    """Raises ReportError: a folder that is no run's, with the sweeps in it."""
+    for path in paths:
+        if path.is_dir() and not (path / "config.yaml").exists():
+            sweeps = sorted(each.parent.name for each in path.glob("*/results.jsonl"))
+            raise ReportError(f"{path}: neither a sweep (results.jsonl) nor a run (config.yaml) is in it"
+                              + (f"; give one of its folders, {', '.join(sweeps)}" if sweeps else ""))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,9 +201,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.runs[0].suffix in (".yaml", ".yml") or any((args.runs[0] / name).exists()
                                                        for name in ("sweep.yaml", "results.jsonl")):
-        return report_sweep(args)
+        return or_refused(report_sweep, args)
     out = args.out or (args.runs[0] if args.runs[0].is_dir() else Path()) / "report.png"
     try:
+        check_runs(args.runs)
         if out.suffix not in FORMATS or not out.resolve().parent.is_dir():
             raise ReportError(f"--out {out}: give a file ending in {', '.join(FORMATS)} in a folder that is there")
         named = record_of(args.record) if args.record else None

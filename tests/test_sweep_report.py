@@ -87,7 +87,7 @@ def odd(tmp_path):
         (of[1], 0, "not_finite", {0: 11., 10: math.nan}), (of[1], 1, "crashed", {}),
         (of[2], 0, "pruned", {0: 11., 10: 11., 15: 10.75}), (of[2], 1, "running", {0: 11., 10: 3.}),
         (of[3], 0, "finished", {0: 11., 10: 8., 20: 2.}), (of[3], 1, "stopped", {0: 11., 10: 8.})],
-        device=["A", "B"], git_revision=["f" * 40, "e" * 40])
+        device=["A", "B"], git_revision=["f" * 40, "e" * 40], val_data=[{"sha256": "a" * 64}, {"sha256": "b" * 64}])
     with open(out / "trials" / f"{5:016x}" / "run" / "log.jsonl", "a") as log:
         log.write('{"step": 15, "train_')
     return out
@@ -160,6 +160,12 @@ def test_a_sweep_gets_its_report_from_its_folder_alone_wherever_that_is(real, tm
         assert picture.shape[1] == 1152 and picture.std() > .05, name
 
     before = {name: (out / name).read_bytes() for name in names}
+    (tmp_path / "file.yaml").write_text("# the same with a comment\n" + (out / "sweep.yaml").read_text())
+    write(out, tmp_path / "file.yaml")
+    assert f"    python -m scripts.sweep {tmp_path}/file.yaml --out {out}\n" in (out / "report.md").read_text()
+    (tmp_path / "file.yaml").write_text((out / "sweep.yaml").read_text().replace("0.1", "0.3"))
+    write(out, tmp_path / "file.yaml")
+    assert f"    python -m scripts.sweep {out}/sweep.yaml --out {out}\n" in (out / "report.md").read_text()
     write(out)
     for name in names:
         now = re.sub(rb"Report of [-\d]+ [\d:]+", b"", (out / name).read_bytes())
@@ -196,6 +202,7 @@ def test_an_unfinished_sweep_says_what_is_missing_and_what_does_not_compare(odd)
     for each in ("1 of 8 trials is running", "1 of 8 trials is stopped",
                  "1 of 8 trials ended without a result: crashed", "1 of 8 trials ended without a result: not finite",
                  "Warning: mixed device: A, B; seconds do not", "Warning: mixed git revision: ",
+                 "Warning: mixed val data: aaaaaaaaaaaa, bbbbbbbbbbbb; losses do not compare",
                  "6 of 8 trials ran with uncommitted changes"):
         assert each in said, each
 
@@ -368,16 +375,32 @@ def test_the_figures_of_a_kind_are_drawn(browser, kind, figures, request):
     (("bare",), "bare: no sweep.yaml in it, so no sweep's folder"),
     (("early",), "early: no results.jsonl in it"),
     (("torn",), "results.jsonl:1: no JSON; the sweep's command writes it anew"),
+    (("torn/sweep.yaml",), "torn/results.jsonl:1: no JSON"),
     (("empty",), "results.jsonl: no trials in it"),
+    (("there",), "there/results.jsonl:1: not what a sweep says of a trial"),
+    (("number",), "number/results.jsonl:1: not what a sweep says of a trial"),
+    (("latin",), "latin/results.jsonl: cannot be read: 'utf-8' codec"),
+    (("none",), "none: neither a sweep (results.jsonl) nor a run (config.yaml) is in it"),
+    ((".",), "in it; give one of its folders, bare, empty, latin, number, there, torn"),
 ])
 def test_what_has_no_report_is_refused_in_a_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, rows in (("there", "{}\n"), ("bare", ""), ("torn", '{"trial'), ("empty", "")):
+    for name, rows in (("there", "{}\n"), ("bare", ""), ("torn", '{"trial'), ("empty", ""), ("number", "5\n"),
+                       ("latin", "\xe9")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.jsonl").write_text(rows)
+        (tmp_path / name / "results.jsonl").write_text(rows, encoding="latin-1")
         if name != "bare":
             (tmp_path / name / "sweep.yaml").write_text("method: grid\nbase: x\nparameters: {a: {value: 1}}\n")
+    (tmp_path / "none").mkdir()
     shutil.copytree(tmp_path / "there", tmp_path / "early", ignore=lambda *_: ["results.jsonl"])
     assert report.main(list(arguments)) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and message in said.err and not list(tmp_path.rglob("report*"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_and_left_as_it_was(race, capsys):
+    (race / "report.md").mkdir()                                      # for a read-only disk, which root would not see
+    assert report.main([str(race)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {race}: cannot be written to: ") and said.count("\n") == 1 and "report.md" in said
+    assert not list(race.glob(".*part*"))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from harness.rundir import mixed, read_log
-from harness.yaml_tree import ConfigError
+from harness.yaml_tree import ConfigError, plain, read_text
 from scripts.logs import flat
 from scripts.sweep import costs
 from scripts.sweep.file import Sweep, read
@@ -57,9 +57,14 @@ def read_folder(path: Path, file: Path | None = None) -> Folder:
     """
     sweep, rows = sweep_and_rows(path)
     own = path / "sweep.yaml"
-    same = file is not None and file.is_file() and read(file)._replace(path=own) == sweep
-    return Folder(path, file if same else own, sweep, own.read_text(encoding="utf-8"), costs.read(path) or None,
+    if file is None or not file.is_file() or _said(file) != _said(own):
+        file = own
+    return Folder(path, file, sweep, own.read_text(encoding="utf-8"), costs.read(path) or None,
                   [_trial(row, path) for row in rows])
+
+
+def _said(file: Path) -> dict:
+    return plain(read_text(file.read_text(encoding="utf-8", errors="replace"), str(file)))
 
 
 def sweep_and_rows(path: Path) -> tuple[Sweep, list[dict]]:

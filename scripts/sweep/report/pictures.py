@@ -35,7 +35,8 @@ def draw(folder: Folder, found: Sequence[Group], out: Path) -> dict[Path, str]:
                 ("curves", "Validation loss over steps", lambda: None if ladder else _curves(plt, found, False)),
                 ("curves_seconds", "Validation loss over seconds on the clock",
                  lambda: None if ladder else _curves(plt, found, True)),
-                ("final", "What each configuration reached, mean and 95% interval over seeds, a dot a seed",
+                ("final", "What each configuration reached, mean and 95% interval over seeds, a dot a seed"
+                 + "; hollow where something is left out of all" * ladder,
                  lambda: _final(plt, folder, found)),
                 ("learning_rates", "The search: each preset's draws, the chosen one ringed",
                  lambda: _draws(plt, folder, found)),
