@@ -1,19 +1,21 @@
-"""Run a sweep: every trial of a YAML file, packed onto this machine, and what they reached.
+"""Run a sweep: every trial of a YAML file, packed onto this machine or submitted to Slurm, and what they reached.
 
     python -m scripts.sweep configs/sweeps/lr.yaml                       # again: continues, finished trials are skipped
     python -m scripts.sweep configs/sweeps/lr.yaml --jobs 2              # two at once, each with half of the cores
     python -m scripts.sweep configs/sweeps/lr.yaml --gpus-per-trial 2
     python -m scripts.sweep configs/sweeps/lr.yaml --slurm partition=main time=60 gpus_per_node=1
-    python -m scripts.sweep configs/sweeps/lr.yaml --dry-run | --table   # what it would do; the ranking so far
+    python -m scripts.sweep configs/sweeps/lr.yaml --dry-run | --table   # what it would do; the tables so far
 
 The file is one of Weights & Biases' (docs/sweeps.md). Results: runs/sweeps/<file name>/results.jsonl. Ctrl-C or SIGTERM
 has the trials save; the next call continues them. Exit code 0: all trials ended with a result, 1: some failed,
-2: refused before anything started, 75: stopped by a signal.
+2: refused before anything started, 75: stopped, by a signal or because nothing more could be written.
 """
 import argparse
-import fcntl
-import shutil
+import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.arguments import Parser, at_least, or_refused
@@ -21,7 +23,7 @@ from data.arguments import Parser, at_least, or_refused
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m scripts.sweep", __doc__)
-    parser.add_argument("file", type=Path, metavar="FILE", help="a sweep file")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a sweep file, or a preset")
     parser.add_argument("--out", type=Path, metavar="DIR", help="its folder; default runs/sweeps/<file name>")
     for name, what in (("jobs", "trials at once, at most"), ("cores-per-trial", "on a CPU; default all of them / jobs"),
                        ("gpus-per-trial", "default 1; above it trials run under torchrun")):
@@ -29,115 +31,75 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slurm", nargs="*", metavar="KEY=VALUE",
                         help="submit to Slurm: partition= time= (minutes) nodes= gpus_per_node= ... (docs/slurm.md)")
     parser.add_argument("--dry-run", action="store_true", help="check every trial and say what would run")
-    parser.add_argument("--table", action="store_true", help="print the ranking of what is finished")
-    return parser.parse_args(argv)
+    parser.add_argument("--table", action="store_true", help="print the tables of what is finished")
+    args = parser.parse_args(argv)
+    for name in ("jobs", "cores_per_trial", "gpus_per_trial", "slurm", "dry_run"):
+        if args.table and getattr(args, name) not in (None, False):
+            parser.error(f"--table runs nothing; leave out --{name.replace('_', '-')}")
+    if args.slurm is not None and (args.cores_per_trial or args.gpus_per_trial):
+        parser.error("--cores-per-trial and --gpus-per-trial divide this machine; with --slurm write "
+                     "cpus_per_task=N or gpus_per_node=N after it")
+    return args
 
 
 def main(argv: list[str]) -> int:
-    # ------------------------------------------------------------ 1. the file, and every trial of it
+    # ------------------------------------------------------------ 1. the file, and the machine
     args = arguments(argv)
     from harness.processes import EXIT_REQUEUE
     from harness.rundir import write_text
-    from scripts.sweep import bayes, costs, file, halving, pack, plan, slurm
-    from scripts.sweep.results import ENDED, FINAL, row, run_of, status_of, write_results
-    from scripts.sweep.run import Going, end, run
+    from scripts.sweep import costs, file, pack, run, slurm
+    from scripts.sweep.progress import Progress
+    from scripts.sweep.results import ENDED, FINAL
     from scripts.sweep.show import Show
-    from scripts.sweep.tables import markdown, tables
-
-    def shown(rows: list[dict]) -> str:
-        return "\n\n".join(markdown(each) for each in tables(rows, sweep, costs.read(out)))
     sweep = file.read(args.file)
     out = args.out or Path("runs/sweeps") / args.file.stem
-    search = bayes.Search(sweep, out) if sweep.method == "bayes" else None
-    trials = plan.plan(sweep, out, search.remembered if search else ())
-    tuned = FINAL if not args.table else ENDED              # a crashed one would be tried again, and might be the best
-    rows = {trial.name: row(trial, out) for trial in trials}
-    if search is None or search.is_over(rows):
-        trials += plan.reporting(sweep, list(rows.values()), out, tuned)
-    if args.table:
-        print(shown([row(trial, out) for trial in trials]))
-        return 0
-
-    # ------------------------------------------------------------ 2. the machine
     if args.slurm is not None:
-        slots = slurm.cluster(args.slurm, args.jobs, args.cores_per_trial or args.gpus_per_trial)
-    else:
-        slots = pack.slots(args.jobs, args.cores_per_trial, args.gpus_per_trial, pack.gpus_here(), pack.cores_here())
-    done = sum(status_of(trial) in FINAL for trial in trials)
-    configurations = len({plan.configuration_id(trial.configuration) for trial in trials})
-    heading = (f"{out}: {len(trials)} trials of {configurations} configurations, {done} done already; "
-               + (f"{len(slots)} at once on {', '.join(map(str, slots))}" if args.slurm is None else f"on {slots}")
-               + (f"; {sweep.budget} configurations a preset in the end, as results come" if search else "")
-               + (f"; then the best of each of {len(sweep.bases)} presets with {len(sweep.seeds)} seeds"
-                  if sweep.kind == "compare" else ""))
-    if args.dry_run:
-        print(heading)
-        for trial in trials:
-            print(f"{trial.name}  {status_of(trial):<10}  seed {trial.config.seed}  {trial.label}"
-                  + ("  (baseline)" if trial.is_baseline else ""))
-        return 0
+        place = slurm.cluster(args.slurm, args.jobs)
+    elif not args.table:
+        place = pack.slots(args.jobs, args.cores_per_trial, args.gpus_per_trial, pack.gpus_here(), pack.cores_here())
 
-    # ------------------------------------------------------------ 3. the trials
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")                                   # the system gives it back however we end
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise file.ConfigError(f"{out}: another process is running this sweep") from None
-    write_text(out / "sweep.yaml", args.file.read_text(encoding="utf-8"))
-    rows = {trial.name: row(trial, out) for trial in trials}
-    write_results(list(rows.values()), out)
-    show = Show(len(trials))
-    show.say(heading)
-    early = halving.Halving(sweep, out, trials) if sweep.early_terminate else None
+    reads = args.table or args.dry_run and out.exists()               # also while another process runs the sweep
+    with look_at(out, args.dry_run) if reads else hold(out):
+        # -------------------------------------------------------- 2. every trial of it
+        # A crashed trial will be tried again, and might be the best, unless nothing will be run.
+        search, trials, rows = planned(sweep, out, ENDED if args.table else FINAL)
+        if args.table:
+            print(tables_of(rows, sweep, out))
+            return 0
+        heading = heading_of(sweep, trials, rows, place, out)
+        if args.dry_run:
+            print(heading)
+            for trial in trials:
+                print(f"{trial.name}  {rows[trial.name]['status']:<10}  seed {trial.config.seed}  {trial.label}"
+                      + ("  (baseline)" if trial.is_baseline else ""))
+            return 0
 
-    def changed(trial: plan.Trial, what: str) -> None:
-        rows[trial.name] = row(trial, out)
-        write_results(list(rows.values()), out)
-        if what.startswith("started"):
-            rows[trial.name]["status"] = "running"                    # its run directory comes in seconds
-        if keeps_none(trial) and (run := run_of(trial)):
-            shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        loss = rows[trial.name]["val_loss"]
-        show.say(f"{trial.name[:8]}  seed {trial.config.seed}  {trial.label}: {what}"
-                 + (f", val_loss {loss:.4f}" if what == "finished" else ""))
-
-    def keeps_none(trial: plan.Trial) -> bool:                        # of tens of MB each, which nobody reads
-        alone = trial.configuration.base == str(sweep.path)           # a preset by itself: its weights are the point
-        return (rows[trial.name]["status"] in ("finished", "pruned") and not alone
-                and "keep_checkpoints" not in trial.configuration.parameters)
-
-    def look(going: list[Going], waiting: int) -> None:
-        show.look(going, waiting)
-        hopeless = early.hopeless([each.trial for each in going]) if early else ()
-        for each in going:
-            if each.trial in hopeless:
-                (end if args.slurm is None else slurm.end)(each)
-
-    def more() -> list[plan.Trial]:
-        added = search.next_trials(rows) if search else []
-        added = added or [trial for trial in plan.reporting(sweep, list(rows.values()), out, ENDED)
-                          if trial.name not in rows]
-        rows.update((trial.name, row(trial, out)) for trial in added)
-        show.trials = len(rows)
-        return added
-
-    try:
-        if args.slurm is not None:
-            complete = slurm.run(trials, slots, out, changed, look, more, show.say)
-        else:
-            complete = run(trials, slots, out, changed, look, more)
-        show.close()
-        if complete and sweep.kind == "compare" and args.slurm is None and costs.is_due(out):
-            print("measuring what the optimizers cost, a minute or two", flush=True)
-            if problem := costs.measure_in(slots[0], out):
-                print(f"warning: {problem}", file=sys.stderr)
-    finally:
-        show.close()
-        lock.close()
+        # -------------------------------------------------------- 3. the trials
+        show = Show(len(trials))
+        try:
+            write_text(out / "sweep.yaml", file_again(sweep, args.file.read_text(encoding="utf-8")))
+            show.say(heading)
+            follow = Progress(sweep, out, trials, rows, search, show, run.end if args.slurm is None else slurm.end)
+            called = follow.changed, follow.look, follow.more
+            if args.slurm is not None:
+                complete = slurm.run(trials, place, out, *called, show.say)
+            else:
+                complete = run.run(trials, place, out, *called)
+            show.close()
+            if complete and sweep.kind == "compare" and args.slurm is None and costs.is_due(out):
+                print("measuring what the optimizers cost, a minute or two", flush=True)
+                if problem := costs.measure_in(place[0], out):
+                    print(f"warning: {problem}", file=sys.stderr)
+        except OSError as error:                                      # no space left, say
+            show.close()
+            print(f"error: {error.filename or out}: {error.strerror}; mend that, and the same command continues the "
+                  "sweep", file=sys.stderr)
+            return EXIT_REQUEUE
+        finally:
+            show.close()
 
     # ------------------------------------------------------------ 4. the end
-    print(shown(list(rows.values())))
+    print(tables_of(rows, sweep, out))
     if not complete:
         print(f"stopped by a signal; the same command continues it ({out})")
         return EXIT_REQUEUE
@@ -152,12 +114,95 @@ def main(argv: list[str]) -> int:
     return 1 if failed or lost else 0
 
 
+def planned(sweep, out: Path, ended: tuple[str, ...]) -> tuple:
+    """(The Bayesian search or None, the trials that are known by now, their rows of results.jsonl by name).
+
+    Args:
+        ended: the statuses of trials that nothing more is awaited of.
+    """
+    from scripts.sweep import bayes, plan
+    from scripts.sweep.results import row
+    search = bayes.Search(sweep, out) if sweep.method == "bayes" else None
+    trials = plan.plan(sweep, out, search.remembered if search else ())
+    rows = {trial.name: row(trial, out) for trial in trials}
+    if search is None or search.is_over(rows):
+        reported = plan.reporting(sweep, list(rows.values()), out, ended)
+        trials += reported
+        rows |= {trial.name: row(trial, out) for trial in reported}
+    return search, trials, rows
+
+
+def heading_of(sweep, trials: list, rows: dict[str, dict], place, out: Path) -> str:
+    from scripts.sweep.results import FINAL
+    done = sum(row["status"] in FINAL for row in rows.values())
+    configurations = len({row["configuration"] for row in rows.values()})
+    return (f"{out}: {len(trials)} trials of {configurations} configurations, {done} done already; "
+            + (f"{len(place)} at once on {', '.join(map(str, place))}" if isinstance(place, list) else f"on {place}")
+            + (f"; {sweep.budget} configurations a preset in the end, as results come"
+               if sweep.method == "bayes" else "")
+            + (f"; then the best of each of {len(sweep.bases)} presets with {len(sweep.seeds)} seeds"
+               if sweep.kind == "compare" else ""))
+
+
+def tables_of(rows: dict[str, dict], sweep, out: Path) -> str:
+    from scripts.sweep import costs
+    from scripts.sweep.tables import markdown, tables
+    return "\n\n".join(markdown(each) for each in tables(list(rows.values()), sweep, costs.read(out)))
+
+
+def file_again(sweep, text: str) -> str:
+    """The text of a sweep file; for a preset one that names it, since what it extends does not lie beside a copy."""
+    name = str(sweep.path)
+    return f"method: grid\nparameters: {{config: {{value: {json.dumps(name)}}}}}\n" if sweep.bases == (name,) else text
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """The sweep's folder for this process alone, from before its memory is read; gone again if nothing came into it.
+
+    Raises:
+        ConfigError: it cannot be made or written to, or another process runs the sweep.
+    """
+    from harness import rundir
+    from harness.yaml_tree import ConfigError
+    try:
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        lock = rundir.hold(out)
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror}; give --out another folder") from None
+    except rundir.ResumeError:
+        raise ConfigError(f"{out}: another process is running this sweep") from None
+    with lock:                                                        # the system gives it back however we end
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if [path.name for path in out.iterdir()] == [".lock"]:              # refused
+                    (out / ".lock").unlink()
+                    for path in made:
+                        path.rmdir()
+
+
+@contextmanager
+def look_at(out: Path, to_write: bool) -> Iterator[None]:
+    """The same, of a folder into which nothing is written now. Raises ConfigError where it could not be."""
+    from harness.yaml_tree import ConfigError
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path}: Not a directory; give --out another folder")
+    if to_write and not os.access(out, os.W_OK):
+        raise ConfigError(f"{out}: Cannot be written to; give --out another folder")
+    yield
+
+
 def entry(argv: list[str]) -> int:
     try:
         return or_refused(main, argv)
     except KeyboardInterrupt:                   # while planning, measuring costs or printing: trials have their own
+        from harness.processes import EXIT_REQUEUE
         print("stopped by a signal; the same command continues it", file=sys.stderr)
-        return 75
+        return EXIT_REQUEUE
 
 
 if __name__ == "__main__":

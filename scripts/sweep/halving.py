@@ -27,8 +27,7 @@ class Halving:
         self.sweep, self.out, self.optuna = sweep, out, load_optuna()
         self.studies, self.entered, self.said = {}, {}, set()
         for trial in trials:
-            for _ in self._reached(trial):                            # it competes; what became of it was decided then
-                pass
+            list(self._reached(trial))                                # it competes; what became of it was decided then
 
     def hopeless(self, running: Sequence[Trial]) -> list[Trial]:
         """Those of running trials that are to end, each said once; their pruned.json is there by then."""
@@ -56,11 +55,9 @@ class Halving:
         if not trial.may_be_pruned or self.sweep.search_seeds[0] not in (None, trial.config.seed):
             return
         steps, losses, ended = sorted(trial.config.validation_steps() - {0}), self._losses(trial), pruned_of(trial)
-        for number, bracket in enumerate(brackets(self.sweep.early_terminate, len(steps))):
-            entry, passed = self.entered.get(trial.name, (None, 0))
+        entry, passed = self.entered.get(trial.name, (None, 0))
+        for number, bracket in [*enumerate(brackets(self.sweep.early_terminate, len(steps)))][passed:]:
             step = steps[bracket - 1]
-            if number < passed:
-                continue
             if step not in losses or ended and step > ended["step"]:
                 return
             entry = entry or self._study(trial.configuration.base).ask()

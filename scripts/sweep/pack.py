@@ -41,7 +41,8 @@ def gpus_here() -> list[str]:
     if not torch.cuda.is_available():
         return []
     count = torch.cuda.device_count()
-    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    named = visible.split(",") if visible else [str(number) for number in range(count)]
+    return named if named[0].startswith("MIG-") else named[:count]    # a process sees one such part, whatever it names
 
 
 def cores_here() -> list[int]:

@@ -56,7 +56,8 @@ def pruned_of(trial: Trial) -> dict | None:
 
 
 def row(trial: Trial, out: Path) -> dict:
-    """Its line in results.jsonl. Losses are the last validation's, in nats a token; seconds are those on the clock."""
+    """Its line in results.jsonl. Losses are the last validation's, in nats a token; seconds are those on the clock;
+    of the data 12 hex digits, equal where losses compare."""
     run, status, failure = run_of(trial), status_of(trial), failure_of(trial)
     train, val = read_log(run) if run and (run / "log.jsonl").exists() else ([], [])
     summary = json.loads((run / "summary.json").read_text()) if run and (run / "summary.json").exists() else {}
@@ -73,8 +74,14 @@ def row(trial: Trial, out: Path) -> dict:
         train_s=summary.get("train_s") if finished else newest.get("train_s"),
         tokens_per_s=summary.get("tokens_per_s") if finished else None,
         run=str(run.relative_to(out)) if run else None, device=env.get("device"),
+        train_data=_digest(env, "train_data"), val_data=_digest(env, "val_data"),
         git_revision=env.get("git_revision"), git_dirty=env.get("git_dirty"),
         error=failure["error"] if failure and status == failure["status"] else None)
+
+
+def _digest(env: dict, data: str) -> str | None:
+    found = (env.get(data) or {}).get("sha256")
+    return found and found[:12]
 
 
 def write_results(rows: list[dict], out: Path) -> None:

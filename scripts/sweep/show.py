@@ -1,5 +1,6 @@
 """What a person sees of a sweep: a live table on a terminal, a line for each change elsewhere."""
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -59,14 +60,18 @@ class Show:
         path = run / "log.jsonl" if run else Path()
         if not path.is_file():
             return {}
-        offset, seen = self.seen.get(path, (0, {}))
-        if path.stat().st_size < offset:                              # cut back by a run that continues
-            offset, seen = 0, {}
+        was, offset, seen = self.seen.get(path, (None, 0, {}))
         with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != was or found.st_size < offset:         # another file: a run that continues cuts it back
+                offset, seen = 0, {}
             file.seek(offset)
             new = file.read()
         whole = new[:new.rfind(b"\n") + 1]
         for line in whole.splitlines():
-            seen = {**seen, **json.loads(line)}
-        self.seen[path] = offset + len(whole), seen
+            try:
+                seen = {**seen, **json.loads(line)}
+            except (ValueError, TypeError):
+                continue                                              # damaged
+        self.seen[path] = found.st_ino, offset + len(whole), seen
         return seen

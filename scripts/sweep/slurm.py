@@ -61,9 +61,8 @@ class Queued:
     since: float = 0.0                  # when it was last seen in the queue, time.monotonic()
 
 
-def cluster(words: list[str], jobs: int | None, each: int | None) -> Cluster:
-    """What `--slurm KEY=VALUE ...` asks for; `jobs` is --jobs, another name for `parallel`, `each` what divides this
-    machine.
+def cluster(words: list[str], jobs: int | None) -> Cluster:
+    """What `--slurm KEY=VALUE ...` asks for; `jobs` is --jobs, another name for `parallel`.
 
     Raises:
         ConfigError: an unknown key or a value that is none, no Slurm here, no submitit.
@@ -79,9 +78,6 @@ def cluster(words: list[str], jobs: int | None, each: int | None) -> Cluster:
         said[name] = kind(value)
     if jobs is not None and said.setdefault("slurm_array_parallelism", jobs) != jobs:
         raise ConfigError("--jobs and --slurm parallel=N say the same; leave one out")
-    if each is not None:
-        raise ConfigError("--cores-per-trial and --gpus-per-trial divide this machine; with --slurm write "
-                          "cpus_per_task=N or gpus_per_node=N after it")
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
         raise ConfigError(f"--slurm: no {missing[0]} in PATH; run this on a login node of a Slurm cluster, or leave "
                           "--slurm out")
