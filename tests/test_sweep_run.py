@@ -116,6 +116,8 @@ def test_a_sweep_that_is_stopped_or_killed_continues_its_trial_where_it_was(tiny
                                 "checkpoint_every: {value: 20}}")
     sweep = start(path, out)
     until(lambda: steps_done(out) >= 3, sweep)
+    named = str(the_run(out).relative_to(out))
+    until(lambda: (rows_of(out)[0]["status"], rows_of(out)[0]["run"]) == ("running", named), sweep)
     sweep.send_signal(signal.SIGINT)
     said, _ = sweep.communicate(timeout=WAIT_S)
     assert sweep.returncode == 75 and "stopped by a signal; the same command continues it" in said, said
