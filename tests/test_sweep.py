@@ -110,6 +110,16 @@ def test_a_random_search_is_the_same_again_and_grows_with_its_budget_and_its_par
     assert [{**each, "seq_len": None} for each in more] == [{**each, "seq_len": None} for each in four]
 
 
+def test_draws_are_these_whatever_library_makes_them(tmp_path):
+    """Trials of sweeps that were begun are found again by their values."""
+    text = MUON + "method: random\nbudget: 5\nparameters: {optim.hidden.lr: {distribution: log_uniform_values, " \
+                  "min: 0.001, max: 0.1}, grad_clip: {values: [1.0, 2.0]}, steps: {min: 3, max: 9}}"
+    assert [tuple(each.values()) for each in points(tmp_path, text)] == [
+        (0.0015785, 1.0, 5), (0.015785, 2.0, 7), (0.00499164, 1.0, 3), (0.0499164, 1.0, 6), (0.00280701, 2.0, 9)]
+    thousand = points(tmp_path, text.replace("budget: 5", "budget: 1000"))
+    assert len(thousand) == 1000 and thousand[:5] == points(tmp_path, text)
+
+
 def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
     text = "method: random\nrun_cap: 13\nseeds: [0, 1]\n" \
            "parameters: {config: {values: [demo/muon.yaml, demo/sgd.yaml]}, steps: {min: 1, max: 900}}"
@@ -131,6 +141,34 @@ def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
     ("method: random\nparameters: {steps: {min: 1, max: 3}}", "write budget (configurations) or run_cap"),
     ("method: random\nbudget: 4\nparameters: {steps: {min: 1, max: 3}}", "only 3 different configurations"),
     ("method: grid\nbudget: 4\nparameters: {steps: {value: 1}}", "budget: a grid runs all that it holds"),
+    ("method: random\nbudget: 1000\nparameters: {steps: {value: 9}, grad_clip: {values: [1.0, 2.0]}}",
+     "has only 2 different configurations, budget is 1000; lower it"),
+    ("method: random\nbudget: 3\nparameters: {grad_clip: {values: [1.0, 2.0, 3.0], probabilities: [0.5, 0.5, 0.0]}}",
+     "has only 2 different configurations"),
+    ("method: grid\nparameters: {optim.hiden.lr: {values: [0.1, 0.2, 0.3]}, steps: {values: [4, 5]}}",
+     ":3: optim.hiden.lr=0.1: optim has no group 'hiden'; did you mean 'hidden'? groups: 0 hidden, 1 rest (and 2 "
+     "more)"),
+    ("method: grid\nseeds: [0, 1]\nparameters: {steps: {values: [9, 0]}}", ":4: steps=0: steps: must be greater"),
+    ("method: grid\nseeds: [0, 1]\nbaseline: {grad_clip: -1.0}\nparameters: {steps: {value: 5}}",
+     ":4: grad_clip=-1.0: grad_clip: must be greater"),
+    ("method: grid\nparameters: {model: {parameters: {layer: {value: 3}}}}", ":3: model.layer=3: unknown key"),
+    ("method: grid\nmetric: {name: [val/loss]}\nparameters: {steps: {value: 1}}", "metric.name: no ['val/loss']"),
+    ("method: grid\nmetric: {name: val/loss, target: 3.0}\nparameters: {steps: {value: 1}}",
+     ":3: metric.target: a sweep does not stop at a target; remove it"),
+    ("method: grid\nscheduler: {a: 1}\nparameters: {steps: {value: 1}}", "the sweep schedules its own trials; remove"),
+    ("method: grid\nparameters: {steps: {distribution: [uniform], min: 1, max: 3}}", "no distribution ['uniform']"),
+    ("method: grid\nparameters: {steps: {distribution: {a: 1}, value: 1}}", "no distribution {'a': 1}"),
+    ("method: grid\nbaseline: {config: 5}\nparameters: {steps: {value: 1}}",
+     ":3: baseline.config: expected the name of a preset, got 5"),
+    ("method: grid\nbaseline:\nparameters: {steps: {value: 1}}", ":3: baseline: nothing stands behind it; write what"),
+    ("method: grid\nbaseline: {name: a}\nparameters: {steps: {value: 1}}", ":3: baseline: expected a mapping of"),
+    ("method: grid\ncontroller: {run_cap: 3}\nparameters: {steps: {value: 1}}", "controller: expected a mapping of"),
+    ("method: grid\ncontroller: {seeds: null}\nparameters: {steps: {value: 1}}", ":3: controller.seeds: nothing"),
+    ("method: grid\nseeds: []\nparameters: {steps: {value: 1}}", ":3: seeds: expected a list of whole numbers, like"),
+    ("method: grid\nparameters: {5: {value: 4}}", ":3: parameters.5: the key 5 is no text to wandb; put it in quotes"),
+    ("method: grid\nparameters: {steps: {values: [.nan]}}", ":3: parameters.steps: expected finite numbers, got nan"),
+    ("method: grid\nseeds: [1]", "parameters: expected a mapping of parameters; a sweep file needs method, base and"),
+    ("seeds: [1]", "method: expected grid, random or bayes; a sweep file needs method, base and parameters, like"),
     ("method: grid\nearly_terminate: {type: hyperband}\nparameters: {steps: {value: 1}}", "early_terminate: write either"),
     ("method: grid\nseeds: [1, 1]\nparameters: {steps: {value: 1}}", "equal seeds give equal runs"),
     ("method: grid\nseeds: [1]\nparameters: {steps: {value: 1}, seed: {value: 2}}", "there twice, in seeds"),
@@ -142,7 +180,7 @@ def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
     ("method: grid\nparameters: {steps: {values: [10, 500000]}}", "500000"),
     ("method: grid\nparameters: {data.train: {value: 'none/*.bin'}}", "none/*.bin"),
     ("method: grid\nparameters: {runs_dir: {value: here}}", "parameters.runs_dir: the sweep itself sets it"),
-], ids=lambda text: text if not text.startswith("method") else "")
+], ids=lambda text: "" if text.startswith(("method", "seeds")) else text)
 def test_what_is_wrong_is_said_in_one_line_before_anything_starts(tiny, tmp_path, capsys, text, said):
     path, out = tmp_path / "sweep.yaml", tmp_path / "out"
     path.write_text(f"base: {tiny}\n{text}")
@@ -150,6 +188,35 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_starts(tiny, tmp_path
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: {path}") and said in lines[0], lines
     assert not out.exists()
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "cannot be read: No such file or directory; a sweep file needs method, base and parameters"),
+    ("\n", "the file is empty; a sweep file needs method, base and parameters, like configs/sweeps/"),
+    ("base: ''\nmethod: grid\nparameters: {steps: {value: 1}}", ":1: base: expected the name of a preset, got ''"),
+    ("base: /\nmethod: grid\nparameters: {steps: {value: 1}}", ":1: base: expected the name of a preset, got '/'"),
+    ("method: grid\nparameters: {config: {value: ''}}", ":2: parameters.config: expected the name of a preset, got ''"),
+    ("method: grid\nparameters:\n  steps: {value: 1}\n  config: {values: [demo/muon.yaml, demo/muom.yaml]}",
+     ":4: no configuration 'demo/muom.yaml'"),
+    ("base: demo/muom.yaml\nmethod: grid\nparameters: {steps: {values: [1, 2]}}", ":1: no configuration 'demo/muom"),
+    ("method: random\nbudget: 2\ntuning_seeds: [1]\nseeds: [2]\nspaces:\n  demo/muon.yaml: {steps: {value: 1}}\n"
+     "  demo/muom.yaml: {steps: {value: 1}}", ":7: no configuration 'demo/muom.yaml'"),
+], ids=str)
+def test_a_file_that_is_none_or_names_no_preset_is_one_line(tmp_path, capsys, text, said):
+    path = tmp_path / "sweep.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert entry([str(path), "--out", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {path}") and said in lines[0], lines
+
+
+def test_a_ladder_and_a_comparison_need_no_common_parameters(tmp_path):
+    ladder = sweep(tmp_path, MUON + "method: grid\nchanges: {a: {steps: 5}}")
+    assert ladder.parameters == () and len(configurations(ladder)) == 2
+    race = sweep(tmp_path, "method: random\nbudget: 2\ntuning_seeds: [1]\nseeds: [2]\n"
+                           "spaces: {demo/muon.yaml: {optim.hidden.lr: {min: 0.1, max: 0.2}}}")
+    assert len(configurations(race)) == 2
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

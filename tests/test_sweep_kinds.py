@@ -71,6 +71,38 @@ def test_a_ladder_has_each_change_alone_and_left_out_with_what_is_built_on_it(tm
                                    if key != "model.embed_shortcut"}
 
 
+def changed(tmp_path, changes):
+    found = sweep(tmp_path, LADDER[:LADDER.index("  value residual:")] + "".join(f"  {line}\n" for line in changes))
+    left = {each.change: each.of.parameters for each in comparisons(found) if each.family == "left out of all"}
+    return comparisons(found)[0].of.parameters, left
+
+
+def test_what_is_built_on_what_is_built_on_a_change_leaves_with_it(tmp_path):
+    every, left = changed(tmp_path, ["a: {model.value_residual: fixed}",
+                                     "b: {model.value_residual: learned, grad_clip: 1.0}", "c: {grad_clip: 2.0}",
+                                     "d: {batch_tokens: 64}"])
+    assert every == {"steps": 5, "model.value_residual": "learned", "grad_clip": 2.0, "batch_tokens": 64}
+    assert left == {"a and b and c": {"steps": 5, "batch_tokens": 64},
+                    "b and c": {"steps": 5, "model.value_residual": "fixed", "batch_tokens": 64},
+                    "c": {**every, "grad_clip": 1.0},
+                    "d": {key: value for key, value in every.items() if key != "batch_tokens"}}
+    every, left = changed(tmp_path, ["cap: {model.softcap: {form: tanh, cap: 30}}", "none: {model.softcap: null}"])
+    assert left.keys() == {"cap and none", "none"} and every["model.softcap"] is None
+
+
+def test_changes_of_the_same_mapping_or_list_of_groups_merge_as_overrides_do(tmp_path):
+    every, left = changed(tmp_path, ["hidden: {optim: [{name: hidden, lr: 0.03}]}",
+                                     "rest: {optim: [{name: rest, lr: 0.02}, {name: hidden, momentum: 0.9}]}",
+                                     "cap: {model.softcap: {form: tanh, cap: 30}}",
+                                     "lower: {model.softcap: {cap: 15}}"])
+    hidden, rest = {"name": "hidden", "lr": 0.03}, {"name": "rest", "lr": 0.02}
+    assert every["optim"] == [hidden | {"momentum": 0.9}, rest]
+    assert every["model.softcap"] == {"form": "tanh", "cap": 15}
+    assert left["rest"]["optim"] == [hidden] and left["hidden"]["optim"] == [rest, {"name": "hidden", "momentum": 0.9}]
+    assert left.keys() == {"hidden", "rest", "cap and lower", "lower"}
+    assert left["lower"]["model.softcap"] == {"form": "tanh", "cap": 30}
+
+
 def test_rungs_add_the_changes_up_and_share_trials_with_the_other_families(tiny, tmp_path):
     with_rungs = sweep(tmp_path, LADDER.replace("demo/muon.yaml", str(tiny)) + "rungs: true\n")
     rungs = [each for each in comparisons(with_rungs) if each.family == "rung"]
@@ -89,6 +121,12 @@ def test_rungs_add_the_changes_up_and_share_trials_with_the_other_families(tiny,
     ("{value: 5}", "{values: [5, 6]}", "changes: a ladder has method: grid, and of every parameter one value"),
     ("seeds: [0, 1]", "seeds: [0, 1]\ntuning_seeds: [2]", "changes: a ladder changes one preset"),
     ("seeds: [0, 1]", "seeds: [0, 1]\nrungs: 3", "rungs: expected true or false"),
+    ("seeds: [0, 1]", "seeds: [0, 1]\nrun_cap: 6", "run_cap: a ladder gives its verdicts when all planned seeds ended"),
+    ("{model.value_residual: fixed}", "{seed: 5}", ":7: changes.value residual.seed: no change of a ladder"),
+    ("{model.embed_shortcut: true,", "{optim.scalars.lr: 0.03, model.embed_shortcut: true,",
+     ":9: changes.shortcut: optim.scalars.lr says otherwise what optim says in learned; write both the same way"),
+    ("{model.embed_shortcut: true", "{model: {value_residual: null}, model.embed_shortcut: true",
+     "changes.shortcut: model says otherwise what model.value_residual says in value residual"),
     ("embed_shortcut", "embed_shortcuts", "model.embed_shortcuts"),
 ])
 def test_what_is_wrong_with_a_ladder_is_said(tmp_path, old, new, said):
@@ -100,7 +138,10 @@ def test_what_is_wrong_with_a_ladder_is_said(tmp_path, old, new, said):
 
 @pytest.mark.parametrize("old, new, said", [
     ("tuning_seeds: [7]", "tuning_seeds: [1]", "tuning_seeds: the best of a search is lucky at its own seeds"),
-    ("seeds: [0, 1]", "seeds: []", "tuning_seeds: the best of a search is lucky at its own seeds"),
+    ("seeds: [0, 1]", "", "tuning_seeds: the best of a search is lucky at its own seeds"),
+    ("seeds: [0, 1]", "seeds: []", "seeds: expected a list of whole numbers, like [0, 1, 2]; without it"),
+    ("{value: 4}", "{values: [4, 12], probabilities: [0.95, 0.05]}",            # rare: no draw of the first has it
+     ":9: steps: what is compared differs in optim alone; give it one value"),
     ("tuning_seeds: [7]", "tuning_seeds: [7, 7]", "tuning_seeds: names one twice"),
     ("budget: 2", "run_cap: 4", "run_cap: trials cut off would leave presets with different budgets"),
     ("budget: 2", "budget: 2\nbaseline: {config: demo/sgd.yaml}", "baseline: a comparison is with one of its presets"),
@@ -130,12 +171,22 @@ def test_presets_that_differ_in_more_than_the_optimizer_are_not_compared(presets
     presets["adam"].write_text(presets["adam"].read_text() + "grad_clip: 1.0\n")
     with pytest.raises(ConfigError, match="adam.yaml: grad_clip is 1.0, but None in .*; set grad_clip in parameters"):
         plan(sweep(tmp_path, text), tmp_path)
-    within = COMPARE.format(**presets).replace("{value: 4}", "{values: [4, 5]}")
-    presets["adam"].write_text(presets["adam"].read_text().replace("grad_clip: 1.0\n", ""))
-    with pytest.raises(ConfigError, match="steps is 5, but 4 in .*; set steps in parameters, to one value"):
-        plan(sweep(tmp_path, within), tmp_path)                             # nor are draws of one preset
     equal = text.replace("steps: {value: 4}", "steps: {value: 4}, grad_clip: {value: 2.0}")
     assert len(plan(sweep(tmp_path, equal), tmp_path)) == 4
+
+
+def test_a_group_has_a_schedule_of_its_own_only_where_the_comparison_says_so(presets, tmp_path):
+    text, adam = COMPARE.format(**presets), presets["adam"].read_text()
+    presets["adam"].write_text(adam.replace("0.001}", "0.001, schedule: {shape: cosine}}"))
+    with pytest.raises(ConfigError, match="adam.yaml: group hidden has a schedule of its own; say it where .* as "
+                                          "optim.hidden.schedule in its space, or set it to null in parameters"):
+        plan(sweep(tmp_path, text), tmp_path)
+    for said in ("optim.hidden.schedule: {value: {shape: cosine}}", "optim.hidden.schedule.shape: {value: cosine}"):
+        shown = text.replace("min: 0.0001, max: 0.01}", f"min: 0.0001, max: 0.01}}, {said}")
+        assert {trial.config.optim[0].schedule and "own" for trial in plan(sweep(tmp_path, shown), tmp_path)} == \
+            {None, "own"}
+    none = text.replace("{steps: {value: 4}}", "{steps: {value: 4}, optim.hidden.schedule: {value: null}}")
+    assert {trial.config.optim[0].schedule for trial in plan(sweep(tmp_path, none), tmp_path)} == {None}
 
 
 def test_every_preset_is_tuned_alike_and_its_best_runs_with_other_seeds(presets, tmp_path, capsys):
@@ -185,5 +236,5 @@ def test_a_preset_is_a_sweep_of_one_trial(tiny, tmp_path):
 
 def test_a_change_that_changes_nothing_is_refused(tiny, tmp_path):
     text = LADDER.replace("demo/muon.yaml", str(tiny)) + "  nothing: {model.softcap: null}\n"
-    with pytest.raises(ConfigError, match=f"model.softcap=None: describes the same run as {tiny} steps=5"):
+    with pytest.raises(ConfigError, match=f"model.softcap=null: describes the same run as {tiny} steps=5"):
         plan(sweep(tmp_path, text), tmp_path)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from harness.rundir import write_text
 from scripts.judge import spread
 from scripts.sweep.candidates import draws
-from scripts.sweep.parameter import Parameter, load_optuna, quantile, shares
 from scripts.sweep.file import Configuration, Sweep
+from scripts.sweep.parameter import Parameter, load_optuna, quantile, shares
 from scripts.sweep.plan import REFUSALS, Trial, configuration_id, trial_of
 from scripts.sweep.results import ENDED
 
@@ -35,17 +35,21 @@ class Search:
     """What was proposed so far, and what comes next."""
 
     def __init__(self, sweep: Sweep, out: Path):
+        load_optuna()                                                 # refused before anything starts
         self.sweep, self.out, self.checked = sweep, out, set()
         self.searched = {base: [p for p in sweep.parameters_of(base) if p.distribution != "constant"]
                          for base in sweep.bases}
         self.known = [(places_of_draw(self.searched[base], number), each)
                       for base in sweep.bases for number, each in draws(sweep, base)]
-        self.proposed = [each for _, each in self.known]
         self.remembered = []
         for places, each in self._read():
             if each not in self.proposed and self._count(each.base) < sweep.budget:
-                self._add(places, each)
+                self.known.append((places, each))
                 self.remembered.append(each)
+
+    @property
+    def proposed(self) -> list[Configuration]:
+        return [each for _, each in self.known]
 
     def next_trials(self, rows: dict[str, dict]) -> list[Trial]:
         """The seeds of one more configuration, for the preset that has fewest; none where all have their budget, or
@@ -56,7 +60,7 @@ class Search:
         """
         places, each, trials = self._next(rows) or (None, None, [])
         if trials:
-            self._add(places, each)
+            self.known.append((places, each))
             self._write()
         return trials
 
@@ -81,10 +85,6 @@ class Search:
                 if each not in self.proposed and not any(trial.name in rows for trial in trials):
                     return places, each, trials
         return None
-
-    def _add(self, places: Places, each: Configuration) -> None:
-        self.known.append((places, each))
-        self.proposed.append(each)
 
     def _count(self, base: str) -> int:
         return sum(each.base == base for each in self.proposed)

@@ -17,7 +17,6 @@ are whole numbers, else uniform).
 """
 import json
 import math
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -54,7 +53,7 @@ def parameter(key: str, said: dict[str, Any]) -> Parameter:
         ValueError: what is wrong with it, on one line.
     """
     distribution = said.get("distribution") or _inferred(said)
-    if distribution not in FORMS:
+    if not isinstance(distribution, str) or distribution not in FORMS:
         raise ValueError(f"no distribution {distribution!r}; there are {', '.join(FORMS)}")
     form = FORMS[distribution]
     if unknown := said.keys() - form.keys() - {"distribution"}:
@@ -110,6 +109,9 @@ def _wrong(distribution: str, spec: dict[str, Any]) -> str | None:
         return "q, a and b must be above 0, sigma not below"
     if "values" in spec and not (isinstance(spec["values"], list) and spec["values"]):
         return "values: expected a list with something in it"
+    for value in spec.get("values", [spec.get("value")]):
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"expected finite numbers, got {value}"
     if "probabilities" in spec:
         p = spec["probabilities"]
         if not isinstance(p, list) or not all(map(is_number, p)) or min(p, default=0) < 0:
@@ -138,6 +140,19 @@ def grid(p: Parameter) -> list:
     return [_digits(low + i * q, 12) for i in range(math.ceil((high - low) / q - 1e-9))]
 
 
+def different(parameters: Sequence[Parameter]) -> float:
+    """How many configurations there are to draw; infinite where a range is continuous or a draw is rounded."""
+    found = 1
+    for p in parameters:
+        if "values" in p.spec:
+            possible = p.spec.get("probabilities", [1.0] * len(p.spec["values"]))
+            values = [value for value, share in zip(p.spec["values"], possible) if share > 0]
+            found *= sum(value not in values[:position] for position, value in enumerate(values))
+        elif p.distribution != "constant":
+            found *= p.spec["max"] - p.spec["min"] + 1 if p.distribution == "int_uniform" else math.inf
+    return found
+
+
 def shares(parameters: Sequence[Parameter], number: int) -> dict[str, float]:
     """Dotted key -> from 0 to 1, for draw `number` of a random search; of those that are not constant.
 
@@ -151,15 +166,9 @@ def shares(parameters: Sequence[Parameter], number: int) -> dict[str, float]:
 
 @cache
 def _points(dimensions: int, count: int) -> list[list[float]]:
-    """The first `count` points of Optuna's scrambled Halton sequence."""
-    optuna = load_optuna()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(sampler=optuna.samplers.QMCSampler(
-            qmc_type="halton", scramble=True, seed=0, warn_independent_sampling=False))
-    space = {f"{i:04}": optuna.distributions.FloatDistribution(0.0, 1.0) for i in range(dimensions)}
-    study.ask(space)                    # from here on Optuna knows the space; this one is no point of the sequence
-    return [list(study.ask(space).params.values()) for _ in range(count)] if space else [[]] * count
+    """The first `count` points of the scrambled Halton sequence: those of Optuna's QMCSampler, without its study."""
+    from scipy.stats.qmc import Halton
+    return Halton(dimensions, scramble=True, seed=0).random(count).tolist() if dimensions else [[]] * count
 
 
 def load_optuna() -> ModuleType:
@@ -171,8 +180,8 @@ def load_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("method: random, method: bayes and early_terminate need Optuna: python -m pip install "
-                          "optuna; or take method: grid without early_terminate") from None
+        raise ConfigError("method: bayes and early_terminate need Optuna: python -m pip install optuna; or take "
+                          "method: random without early_terminate") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

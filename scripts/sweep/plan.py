@@ -4,9 +4,10 @@ A trial's name is the identity of its configuration (harness/config.py): equal f
 the sweep file is called and however the values are written. It has the folder trials/<name>/ of the sweep's:
 
     trial.yaml       the resolved configuration
-    output.txt       what it printed
+    output.txt       what it printed; output.N.txt: what node N of several did
     failure.json     status, exit code and last line of an attempt that failed; gone when another begins
     pruned.json      seed, step and metric where successive halving ended its configuration
+    job.json         of Slurm, the job that has it
     <run directory>  made by train.py
 """
 import hashlib
@@ -22,8 +23,10 @@ from data.loader import open_data
 from data.shards import ShardError
 from harness import preflight
 from harness.config import Config, config_identity, to_yaml
-from harness.load import ConfigError, load
+from harness.load import load
+from harness.merge import find
 from harness.rundir import write_text
+from harness.yaml_tree import ConfigError
 from model.gpt import GPT
 from optim.groups import GroupError
 from scripts.judge import spread
@@ -51,8 +54,9 @@ def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list
     """Every trial, all configurations, and `further` ones, with the first seed before any with the second.
 
     Raises:
-        ConfigError: a line for each problem, with the parameters that have it.
+        ConfigError: a line for each problem, with where the file says it, or the parameters that have it.
     """
+    _check_presets(sweep)
     found, problems, checked = {}, {}, set()
     for seed in sweep.search_seeds:
         for each in [*configurations(sweep), *further]:
@@ -60,16 +64,19 @@ def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list
                 trial = trial_of(each, seed, sweep, out, checked)
             except REFUSALS as error:
                 for line in str(error).splitlines():
-                    problems.setdefault(line, each)
+                    at, problem = _blamed(line, each, sweep)
+                    problems.setdefault(problem, {})[at] = None
                 continue
             twin = found.setdefault(trial.name, trial)
             if twin is not trial and twin.is_baseline and sweep.kind == "sweep":    # with the words that say more
                 found[trial.name] = twin._replace(configuration=each)
             elif twin is not trial:
                 problems.setdefault(f"describes the same run as {in_words(twin.configuration)}: what differs does not "
-                                    "change a result (for speed: python -m scripts.bench compare)", each)
+                                    "change a result (for speed: python -m scripts.bench compare)",
+                                    {})[f"{sweep.path}: {in_words(each)}"] = None
     if problems:
-        lines = [f"{sweep.path}: {in_words(each)}: {line}" for line, each in problems.items()]
+        lines = [f"{next(iter(having))}: {problem}" + (f" (and {len(having) - 1} more)" if len(having) > 1 else "")
+                 for problem, having in problems.items()]
         more = [f"{sweep.path}: and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
         raise ConfigError("\n".join(lines[:MOST_PROBLEMS] + more))
     if sweep.kind == "compare":
@@ -77,8 +84,28 @@ def plan(sweep: Sweep, out: Path, further: Sequence[Configuration] = ()) -> list
     return list(found.values())[:sweep.run_cap]
 
 
+def _check_presets(sweep: Sweep) -> None:
+    for base in dict.fromkeys([*sweep.bases, *([sweep.baseline.base] if sweep.baseline else ())]):
+        try:
+            find(base)
+        except ConfigError as error:
+            raise ConfigError(f"{sweep.places.get(base) or sweep.place('config')}: {error}") from None
+
+
+def _blamed(line: str, each: Configuration, sweep: Sweep) -> tuple[str, str]:
+    """(Where the sweep's file says what a problem of a configuration is about, the problem)."""
+    for key, word in zip(each.parameters, _words(each)):
+        if line.startswith(f"override {word}: "):
+            return f"{sweep.place(key)}: {word}", line.removeprefix(f"override {word}: ")
+    return f"{sweep.path}: {in_words(each)}", line
+
+
 def _check_fair(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """All trials of a comparison differ in `optim` alone: same model, data, schedule, steps, averaging."""
+    """All trials of a comparison differ in `optim` alone: same model, data, schedule, steps, averaging.
+
+    Proposals that come later are as these are: what is not constant is in `optim` (file.py). There, a group's own
+    schedule of the learning rate is one that the sweep file says.
+    """
     of = [(trial.configuration.base, {key: value for key, value in flat(asdict(trial.config)) if key not in MAY_DIFFER})
           for trial in trials]
     (first, one), *others = of
@@ -87,6 +114,15 @@ def _check_fair(sweep: Sweep, trials: Sequence[Trial]) -> None:
             key = differing[0]
             raise ConfigError(f"{sweep.path}: {base}: {key} is {other.get(key)}, but {one.get(key)} in {first}: what "
                               f"is compared differs in optim alone; set {key} in parameters, to one value")
+    for trial in trials:
+        said = [p.key for p in sweep.parameters_of(trial.configuration.base)]
+        for group in trial.config.optim:
+            key = f"optim.{group.name}.schedule"
+            if group.schedule not in (None, trial.config.schedule) \
+                    and not any(key == each or each.startswith(f"{key}.") for each in said):
+                raise ConfigError(f"{sweep.path}: {trial.configuration.base}: group {group.name} has a schedule of its "
+                                  f"own; say it where the comparison shows it, as {key} in its space, or set it to "
+                                  "null in parameters")
 
 
 def reporting(sweep: Sweep, rows: Sequence[dict], out: Path, ended: Sequence[str]) -> list[Trial]:
@@ -120,13 +156,17 @@ def chosen(tuning: Sequence[dict], sweep: Sweep) -> str | None:
 
 def trial_of(each: Configuration, seed: int | None, sweep: Sweep, out: Path, checked: set[str]) -> Trial:
     """One of them, checked; `checked` holds the data that was. Raises REFUSALS."""
-    words = [f"{key}={json.dumps(value)}" for key, value in each.parameters.items()]
-    config = load(each.base, [*words, *([] if seed is None else [f"seed={seed}"]), "trials=1"]).config
+    config = load(each.base, [*_words(each), *([] if seed is None else [f"seed={seed}"]), "trials=1"]).config
     _check(config, sweep, checked)
     name = config_identity(config)
     folder = out / "trials" / name
     return Trial(name, folder, each, each == sweep.baseline, replace(config, runs_dir=str(folder)),
                  label(each, sweep), sweep.early_terminate is not None and seed in sweep.search_seeds)
+
+
+def _words(each: Configuration) -> list[str]:
+    """Its parameters as overrides."""
+    return [f"{key}={json.dumps(value)}" for key, value in each.parameters.items()]
 
 
 def _check(config: Config, sweep: Sweep, checked: set[str]) -> None:
