@@ -24,9 +24,9 @@ def run_of(points, planned, status="finished"):
 
 @functools.cache
 def steps_of_presets():
-    """(name, steps) of every preset of full size, with its file."""
+    """(name, steps) of every preset of a full run, with its file."""
     files = [path for path in (ROOT / "configs").rglob("*.yaml")
-             if not {"demo", "demo.yaml", "sweeps"} & set(path.relative_to(ROOT).parts)]
+             if not {"demo", "demo.yaml", "race", "sweeps"} & set(path.relative_to(ROOT).parts)]
     return {path: (config.name, config.steps) for path in files for config in [load(str(path)).config]}
 
 
