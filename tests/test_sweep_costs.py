@@ -71,7 +71,7 @@ def test_costs_are_due_when_missing_damaged_or_of_other_configurations(ended):
     assert len(ids) == 2 and costs.is_due(ended)
     for text, due in ((json.dumps({key: {} for key in ids} | {"machine": "a"}), False),
                       (json.dumps({ids[0]: {}, "machine": "a"}), True),
-                      (json.dumps({key: {} for key in [*ids, "0" * 8]}), True), ('{"', True)):
+                      (json.dumps({key: {} for key in [*ids, "0" * 8]}), True), ('{"', True), ("5", True)):
         (ended / "costs.json").write_text(text)
         assert costs.is_due(ended) == due, text
     rewritten(ended, lambda each: each.update(status="waiting") if each["seed"] != 7 else None)

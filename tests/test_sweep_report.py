@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from matplotlib import pyplot
 from matplotlib.image import imread
 
 from scripts import report
@@ -17,7 +18,7 @@ from scripts.sweep.plan import configuration_id
 from scripts.sweep.report import write
 from scripts.sweep.report.folder import read_folder, reference
 from scripts.sweep.report.groups import MOST_POINTS, band, groups, line
-from scripts.sweep.report.pictures import effects, limits
+from scripts.sweep.report.pictures import _curves, _final, effects, limits
 from scripts.sweep.tables import markdown, tables
 from tests.browser import CHROMEDRIVER, CHROMIUM, Browser
 from tests.conftest import TINY, losses, train_here
@@ -260,6 +261,28 @@ def test_a_diverged_draw_does_not_set_the_axis():
     assert limits([2., 2.]) == (2., 2.001)
 
 
+def test_a_curve_much_longer_than_the_others_leaves_the_picture_and_says_how_far_it_goes(tmp_path):
+    of = [Configuration("x.yaml", {"a": a}) for a in (1, 2, 3)]
+    for name, longest, end in (("near", 30, None), ("far", 50, 30)):
+        out = by_hand(tmp_path / name, "method: grid\nbase: x.yaml\nparameters: {a: {values: [1, 2, 3]}}", [
+            (each, 0, "finished", {0: 5., 10 * last: 2.}) for each, last in zip(of, (10, 20, longest))])
+        figure = _curves(pyplot, groups(read_folder(out)), seconds=True)
+        axes, = figure.axes
+        assert (axes.get_xlim()[1] == end) == (end is not None)
+        assert [each.get_text() for each in axes.get_legend().texts] == [
+            "a 1", "a 2", "a 3 (to 50 s)" if end else "a 3"]
+        pyplot.close(figure)
+
+
+def test_marks_of_what_a_ladder_leaves_out_are_hollow(ladder):
+    folder = read_folder(ladder)
+    figure = _final(pyplot, folder, groups(folder))
+    axes, = figure.axes
+    hollow = [each.get_markerfacecolor() == "white" for each in axes.lines if len(each.get_xdata()) == 1]
+    assert hollow == ["all but" in label.get_text() for label in axes.get_yticklabels()] and 0 < sum(hollow) < 8
+    pyplot.close(figure)
+
+
 # ---- the page in a browser
 
 def open_page(browser, out):
@@ -385,7 +408,7 @@ def test_the_figures_of_a_kind_are_drawn(browser, kind, figures, request):
 ])
 def test_what_has_no_report_is_refused_in_a_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, rows in (("there", "{}\n"), ("bare", ""), ("torn", '{"trial'), ("empty", ""), ("number", "5\n"),
+    for name, rows in (("there", '{"trial": 1}\n'), ("bare", ""), ("torn", '{"trial'), ("empty", ""), ("number", "5\n"),
                        ("latin", "\xe9")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.jsonl").write_text(rows, encoding="latin-1")

@@ -83,7 +83,7 @@ def sweep_and_rows(path: Path) -> tuple[Sweep, list[dict]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             raise ConfigError(f"{results}:{number}: no JSON; {anew}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("parameters"), dict) or ROW - row.keys():
+        if not isinstance(row, dict) or ROW - row.keys():
             raise ConfigError(f"{results}:{number}: not what a sweep says of a trial; {anew}")
         rows.append(row)
     if not rows:
