@@ -178,7 +178,7 @@ def test_run_cap_counts_every_preset_with_every_seed(tmp_path):
     ("method: grid\nparameters: {optim.hiden.lr: {value: 1}}", "optim has no group 'hiden'; did you mean 'hidden'?"),
     ("method: grid\nparameters: {compile: {values: [true, false]}}", "describes the same run as"),
     ("method: grid\nparameters: {steps: {values: [10, 500000]}}", "500000"),
-    ("method: grid\nparameters: {data.train: {value: 'none/*.bin'}}", "none/*.bin"),
+    ("method: grid\nparameters: {data.train: {value: 'none/*.bin'}}", ":3: data.train=\"none/*.bin\": data.train: no"),
     ("method: grid\nparameters: {runs_dir: {value: here}}", "parameters.runs_dir: the sweep itself sets it"),
 ], ids=lambda text: "" if text.startswith(("method", "seeds")) else text)
 def test_what_is_wrong_is_said_in_one_line_before_anything_starts(tiny, tmp_path, capsys, text, said):

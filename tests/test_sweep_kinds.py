@@ -127,7 +127,8 @@ def test_rungs_add_the_changes_up_and_share_trials_with_the_other_families(tiny,
      ":9: changes.shortcut: optim.scalars.lr says otherwise what optim says in learned; write both the same way"),
     ("{model.embed_shortcut: true", "{model: {value_residual: null}, model.embed_shortcut: true",
      "changes.shortcut: model says otherwise what model.value_residual says in value residual"),
-    ("embed_shortcut", "embed_shortcuts", "model.embed_shortcuts"),
+    ("embed_shortcut", "embed_shortcuts", ":9: model.embed_shortcuts=true: unknown key"),
+    ("name: scalars, params: [scalar], rule: adamw, lr: 0.02}", "name: [a], lr: 0.02}", "expected a group with a name"),
 ])
 def test_what_is_wrong_with_a_ladder_is_said(tmp_path, old, new, said):
     assert old in LADDER
@@ -178,13 +179,16 @@ def test_presets_that_differ_in_more_than_the_optimizer_are_not_compared(presets
 def test_a_group_has_a_schedule_of_its_own_only_where_the_comparison_says_so(presets, tmp_path):
     text, adam = COMPARE.format(**presets), presets["adam"].read_text()
     presets["adam"].write_text(adam.replace("0.001}", "0.001, schedule: {shape: cosine}}"))
-    with pytest.raises(ConfigError, match="adam.yaml: group hidden has a schedule of its own; say it where .* as "
-                                          "optim.hidden.schedule in its space, or set it to null in parameters"):
+    with pytest.raises(ConfigError, match="adam.yaml: optim.hidden.schedule is not that of the run, nor that of all "
+                                          "presets; write it in the preset's space, .*, or set it to null in param"):
         plan(sweep(tmp_path, text), tmp_path)
     for said in ("optim.hidden.schedule: {value: {shape: cosine}}", "optim.hidden.schedule.shape: {value: cosine}"):
         shown = text.replace("min: 0.0001, max: 0.01}", f"min: 0.0001, max: 0.01}}, {said}")
         assert {trial.config.optim[0].schedule and "own" for trial in plan(sweep(tmp_path, shown), tmp_path)} == \
             {None, "own"}
+    muon = presets["muon"].read_text()
+    presets["muon"].write_text(muon.replace("ns_dtype: float32}", "ns_dtype: float32, schedule: {shape: cosine}}"))
+    assert all(trial.config.optim[0].schedule for trial in plan(sweep(tmp_path, text), tmp_path))   # all have it
     none = text.replace("{steps: {value: 4}}", "{steps: {value: 4}, optim.hidden.schedule: {value: null}}")
     assert {trial.config.optim[0].schedule for trial in plan(sweep(tmp_path, none), tmp_path)} == {None}
 

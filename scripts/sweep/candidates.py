@@ -130,13 +130,15 @@ def _over(below: Any, above: Any) -> Any:
 
 
 def _is_groups(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "name" in each for each in value)
+    names = [each.get("name") for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+    return bool(names) and len(names) == len(value) and all(isinstance(name, str) for name in names) \
+        and len(set(names)) == len(names)
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of all that an override says; groups of `optim` by name."""
     if _is_groups(value):
-        value = {str(group["name"]): group for group in value}
+        value = {group["name"]: group for group in value}
     if isinstance(value, dict) and value and value.get("remove") is not True:
         for name, item in value.items():
             yield from _leaves(f"{key}.{name}", item)

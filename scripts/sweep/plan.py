@@ -95,7 +95,7 @@ def _check_presets(sweep: Sweep) -> None:
 def _blamed(line: str, each: Configuration, sweep: Sweep) -> tuple[str, str]:
     """(Where the sweep's file says what a problem of a configuration is about, the problem)."""
     for key, word in zip(each.parameters, _words(each)):
-        if line.startswith(f"override {word}: "):
+        if line.startswith((f"override {word}: ", f"{key}: ")):
             return f"{sweep.place(key)}: {word}", line.removeprefix(f"override {word}: ")
     return f"{sweep.path}: {in_words(each)}", line
 
@@ -114,15 +114,16 @@ def _check_fair(sweep: Sweep, trials: Sequence[Trial]) -> None:
             key = differing[0]
             raise ConfigError(f"{sweep.path}: {base}: {key} is {other.get(key)}, but {one.get(key)} in {first}: what "
                               f"is compared differs in optim alone; set {key} in parameters, to one value")
-    for trial in trials:
-        said = [p.key for p in sweep.parameters_of(trial.configuration.base)]
-        for group in trial.config.optim:
-            key = f"optim.{group.name}.schedule"
-            if group.schedule not in (None, trial.config.schedule) \
-                    and not any(key == each or each.startswith(f"{key}.") for each in said):
-                raise ConfigError(f"{sweep.path}: {trial.configuration.base}: group {group.name} has a schedule of its "
-                                  f"own; say it where the comparison shows it, as {key} in its space, or set it to "
-                                  "null in parameters")
+    own = [{f"optim.{group.name}.schedule": group.schedule for group in trial.config.optim
+            if group.schedule not in (None, trial.config.schedule)} for trial in trials]
+    for (base, _), schedules in zip(of, own):
+        said = [p.key for p in sweep.parameters_of(base)]
+        for key, schedule in schedules.items():
+            if any(other.get(key) != schedule for other in own) \
+                    and not any(each == key or each.startswith(f"{key}.") for each in said):
+                raise ConfigError(f"{sweep.path}: {base}: {key} is not that of the run, nor that of all presets; write "
+                                  "it in the preset's space, so that the comparison says it, or set it to null in "
+                                  "parameters")
 
 
 def reporting(sweep: Sweep, rows: Sequence[dict], out: Path, ended: Sequence[str]) -> list[Trial]:
