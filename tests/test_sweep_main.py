@@ -140,9 +140,9 @@ def test_the_live_table_follows_a_log_that_was_cut_back_and_outgrew_itself_betwe
     trial, _ = plan(read(path), out)
     log = finished(trial) / "log.jsonl"
     line = json.dumps(dict(step=1, train_s=1.1234, train_loss=3.5)) + "\n"
-    log.write_text(110 * line)
+    log.write_text(109 * line + '{"step": 101, "val_loss": 3.9}\n')              # a validation that comes again, later
     show = Show(1)
-    assert show.follow(trial)["step"] == 1
+    assert show.follow(trial)["val_loss"] == 3.9
     again = Log(log, 100)                                                       # as train.py does
     for step in range(2, 140):
         again.write(step=step, train_s=12.12, train_loss=3.25)
