@@ -253,6 +253,8 @@ def test_a_ladder_has_its_effects_by_size_with_the_tables_intervals_and_verdicts
                            "effects-rung"]
     assert by_id["effects-added-alone"] == ["three &lt;i&gt;", "one", "two"]
     assert by_id["effects-left-out-of-all"][0] == "without three &lt;i&gt;"
+    means = next(figure["data"][1] for figure in data["figures"] if figure["id"] == "final")
+    assert [symbol == "circle-open" for symbol in means["marker"]["symbol"]] == ["all but" in y for y in means["y"]]
     assert by_id["effects-rung"] == ["one", "two", "three &lt;i&gt;"]
 
 

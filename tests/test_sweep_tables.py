@@ -225,7 +225,7 @@ def test_trials_with_different_data_are_called_out_over_the_table():
     rows[1]["val_data"] = "c" * 12
     table, = tables(rows, PLAIN)
     assert table.notes[0] == ("Warning: mixed val data, so losses do not compare: bbbbbbbbbbbb (2 trials), "
-                              "cccccccccccc (1 trials).")
+                              "cccccccccccc (1 trial).")
 
 
 # ---- comparisons

@@ -91,7 +91,9 @@ def _final(folder: Folder, found: Sequence[Group]) -> dict | None:
         return None
     means = {"type": "scatter", "mode": "markers", "name": "mean, 95% interval",
              "x": _short([s.mean for _, _, s in reached]), "y": [escape(g.label) for g, _, _ in reached],
-             "marker": {"size": 11, "color": [g.colour for g, _, _ in reached]},
+             "marker": {"size": 11, "color": [g.colour for g, _, _ in reached],      # hollow: left out of all
+                        "symbol": ["circle-open" if g.dash == "dash" else "circle" for g, _, _ in reached],
+                        "line": {"width": [2.5 if g.dash == "dash" else 0 for g, _, _ in reached]}},
              "error_x": {"type": "data", "color": "#666666", "thickness": 1.6, "width": 5,
                          "array": _short([s.high - s.mean if s.high is not None else 0 for _, _, s in reached])},
              "hovertemplate": "%{text}<extra></extra>",

@@ -96,7 +96,7 @@ def mixed_data(rows: Iterable[dict]) -> list[str]:
     notes = []
     for key in ("train_data", "val_data"):
         if len(found := Counter(row[key] for row in rows if row.get(key))) > 1:
-            said = ", ".join(f"{data} ({count} trials)" for data, count in found.most_common())
+            said = ", ".join(f"{data} ({count} trial{'s' * (count > 1)})" for data, count in found.most_common())
             notes.append(f"Warning: mixed {key.replace('_', ' ')}, so losses do not compare: {said}.")
     return notes
 
