@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 NODES_UP_S = 30
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "munged")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "munged")
 
 CONF = """
 ClusterName=test
@@ -30,6 +30,7 @@ SlurmdPidFile={folder}/node-%n.pid
 SlurmctldLogFile={folder}/ctld.log
 SlurmdLogFile={folder}/node-%n.log
 FirstJobId={first_job}
+MaxArraySize=2
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -43,6 +44,7 @@ GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 Gres=gpu:2 State=UNKNOWN
 NodeName={host}-2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=down Nodes=ALL MaxTime=INFINITE State=DOWN
 """
 
 

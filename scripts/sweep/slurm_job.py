@@ -7,7 +7,7 @@ What asks a job to stop, and what the trainer hears of it (it finishes its step,
     somebody signals the trainer itself
 
 After each of them the job requeues itself, unless Slurm is ending or has requeued it already, and continues by
-`--resume auto` when it starts again.
+`--resume auto` when it starts again. The trial's folder is locked meanwhile as it is without Slurm (run.py).
 """
 import os
 import shutil
@@ -15,24 +15,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import submitit
 from submitit.core.utils import DelayedSubmission
 
+from harness.checkpoint import step_of
 from harness.processes import EXIT_REQUEUE
-from harness.rundir import PROJECT, ResumeError, hold, state_of
+from harness.rundir import ResumeError, hold, is_held, state_of
 from scripts.sweep.pack import Slot
 from scripts.sweep.plan import Trial
 from scripts.sweep.results import FINAL, note_failure, run_of, status_of
-from scripts.sweep.run import tell
+from scripts.sweep.run import tell, train_command
 
 IDLE_STARTS = 3                         # as often a job may stop without a further checkpoint before it gives up
+REQUEUES, BETWEEN_S = 30, 10.0          # while slurmctld is away, which it is for minutes when it is restarted, say
 FIRST_PORT, PORTS = 12000, 20000        # of rendezvous: below Linux's own choices, which begin at 32768
 PREEMPT = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
+PLACES = Path(tempfile.gettempdir()) / f"sweep-{os.getuid()}"         # this node's: one for each of our jobs on it
 
 
 @dataclass
@@ -46,14 +50,14 @@ class Job:
 
     def __call__(self) -> None:
         self.process, self.stopping = None, False
-        requeue = signal.getsignal(PREEMPT)                           # submitit's: checkpoint() below, scontrol requeue
+        job, requeue = submitit.JobEnvironment(), signal.getsignal(PREEMPT)
         for number in (PREEMPT, signal.SIGTERM):
             signal.signal(number, self._stop)
         if status_of(self.trial) in FINAL:                            # the node failed after the trial's end, say
             return
         summary = self._summary_written()
-        code = self._train(submitit.JobEnvironment())
-        if submitit.JobEnvironment().global_rank:                     # the first node's judges
+        code = self._train(job)
+        if job.global_rank:                                           # the first node's judges
             return
         if status_of(self.trial) in FINAL:
             return
@@ -61,12 +65,16 @@ class Job:
                                            and state_of(run_of(self.trial)) == "stopped")
         if not (stopped or self.stopping):
             self._fail(code)
-        elif _is_running():
-            requeue(PREEMPT, None)                                    # does not return
+        for _ in range(REQUEUES):
+            if not _is_running(job.job_id):
+                return
+            with suppress(subprocess.SubprocessError):
+                requeue(PREEMPT, None)            # submitit's: checkpoint() below, scontrol requeue; does not return
+            time.sleep(BETWEEN_S)
 
     def checkpoint(self) -> DelayedSubmission | None:
         """What the job does at its next start; None, and a failure.json, where starting again leads nowhere."""
-        saved = max((int(path.stem[5:]) for path in self.trial.folder.glob("*/checkpoints/step_*.pt")), default=-1)
+        saved = max(map(step_of, self.trial.folder.glob("*/checkpoints/step_*.pt")), default=-1)
         idle = 0 if saved > self.saved else self.idle + 1
         if idle >= IDLE_STARTS:
             error = f"stopped {idle} times without a newer checkpoint; give it more time="
@@ -77,17 +85,17 @@ class Job:
     def _train(self, job: submitit.JobEnvironment) -> int:
         """Run train.py, under torchrun where there are several processes; its exit code."""
         each = f".{job.node}" if job.node else ""
-        with _slot(self.gpus) as slot, open(self.trial.folder / f"output{each}.txt", "a") as output:
-            caches = slot.environment(Path(tempfile.gettempdir()) / f"sweep-{os.getuid()}")
+        with _slot(self.gpus) as slot, open(self.trial.folder / f"output{each}.txt", "a") as output, \
+                (hold(self.trial.folder) if job.node == 0 else open(os.devnull)) as lock:
             if self.attempt > 1:                                      # a damaged cache may be why it crashed
-                shutil.rmtree(Path(caches["TORCHINDUCTOR_CACHE_DIR"]).parent, ignore_errors=True)
+                shutil.rmtree(slot.caches(PLACES), ignore_errors=True)
             self.process = subprocess.Popen(
-                [sys.executable, *self._launcher(job), str(PROJECT / "train.py"), "--config", str(self.config),
-                 "--resume", "auto"], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, **caches}, preexec_fn=_ignore)
+                train_command(self._launcher(job), self.config), stdin=lock, stdout=output, stderr=subprocess.STDOUT,
+                env={**os.environ, **slot.environment(PLACES)}, preexec_fn=_ignore)
             if self.stopping:
                 tell(self.process, signal.SIGTERM)
-            return self.process.wait()
+            code, self.process = self.process.wait(), None            # that number may be another's from now on
+            return code
 
     def _launcher(self, job: submitit.JobEnvironment) -> list[str]:
         if self.gpus * job.num_nodes == 1:
@@ -117,9 +125,12 @@ def _ignore() -> None:
     signal.signal(PREEMPT, signal.SIG_IGN)
 
 
-def _is_running() -> bool:
-    """Whether Slurm means to let this job go on: no one cancelled it or had it requeued."""
-    job = os.environ["SLURM_JOB_ID"]
+def _is_running(job: str) -> bool:
+    """Whether Slurm means to let this job go on: no one cancelled it or had it requeued.
+
+    Args:
+        job: 12, or 12_3: the last one of an array has SLURM_JOB_ID=12, which to squeue is the whole array.
+    """
     done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
     return done.stdout.strip() in ("RUNNING", "") if done.returncode == 0 else True
 
@@ -129,12 +140,14 @@ def _slot(processes: int) -> Iterator[Slot]:
     """The first place on this node that no other job of ours has, so that compile caches, which are the node's own,
     are warm and nobody else's."""
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0))
-    folder = Path(tempfile.gettempdir()) / f"sweep-{os.getuid()}"
     for number in range(10_000):
-        (folder / str(number)).mkdir(parents=True, exist_ok=True, mode=0o700)
+        place = PLACES / str(number)
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if is_held(place):
+            continue
         try:
-            lock = hold(folder / str(number))
-        except ResumeError:
+            lock = hold(place)
+        except ResumeError:                                           # another job was faster
             continue
         with lock:
             yield Slot(number, (), (), max(1, cores // processes))
