@@ -1,6 +1,6 @@
 """A sweep file: the YAML that `wandb sweep` takes, and keys of our own.
 
-    method: grid                        # random, bayes; everything but OURS is wandb's
+    method: grid                        # random, bayes; everything but said.OURS is wandb's
     base: demo/muon.yaml                # the preset; in wandb's own words: parameters: {config: {value: ...}}
     seeds: [0, 1, 2]                    # every configuration runs with each; wandb's: parameters: {seed: {values: ...}}
     budget: 20                          # random, bayes: configurations to try for each preset; run_cap counts trials
@@ -16,7 +16,8 @@ A comparison of optimizers: every preset is tuned alike in a space of its own, t
     tuning_seeds: [100]                 # those of the search; `seeds` are those that are reported
     baseline: {config: demo/adamw.yaml} # the preset that the others are compared with
 
-A ladder: changes to the baseline, each alone and each left out of all; `rungs: true` adds them up in their order, too.
+A ladder: changes to the baseline, all together, each alone and each left out of all; `rungs: true` adds them up in
+their order, too.
 
     changes: {softcap: {model.softcap: {form: tanh, cap: 30}}, value residual: {model.value_residual: fixed}}
 
@@ -26,8 +27,7 @@ preset in place of a sweep file is a sweep of one trial.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.yaml_tree import ConfigError as ConfigError
-from harness.yaml_tree import at, plain
+from harness.yaml_tree import ConfigError, at, plain
 from scripts.sweep import brackets
 from scripts.sweep.parameter import Parameter, different, grid, in_yaml, is_whole, parameter
 from scripts.sweep.said import NEEDS, OURS, Said, read_said
