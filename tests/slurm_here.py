@@ -31,6 +31,7 @@ SlurmctldLogFile={folder}/ctld.log
 SlurmdLogFile={folder}/node-%n.log
 FirstJobId={first_job}
 MaxArraySize=2
+SchedulerParameters=bf_interval=1,sched_interval=1
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
