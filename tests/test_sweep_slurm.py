@@ -28,12 +28,18 @@ REAL "$@"
 [ $(cat MOOD) = killed ] && kill -9 $PPID
 exit 0
 """
-QUICK = "import sys, scripts.sweep.slurm as s; s.ASK_EVERY_S = s.LOOK_EVERY_S = 0.2; from scripts.sweep.__main__ import entry; "
+SCONTROL = """#!/bin/sh
+[ "$1" = requeue ] && rm MOOD 2>/dev/null && exit 1
+exec REAL "$@"
+"""
+QUICK = ("import sys, scripts.sweep.slurm as s; s.ASK_EVERY_S = s.LOOK_EVERY_S = 0.2; "
+         "from scripts.sweep.__main__ import entry; ")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(sweep_slurm, "ASK_EVERY_S", 0.5)
+    monkeypatch.setattr(sweep_slurm, "LOOK_EVERY_S", 0.2)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     while STARTED:
@@ -54,6 +60,16 @@ def long_run(tiny, tmp_path, steps=400, batch_tokens=64, seeds=(0,)):
     path, out = write(tmp_path, json.dumps(dict(method="grid", base=str(tiny), seeds=seeds, parameters={
         key: {"value": value} for key, value in keys.items()})))
     return path, out, [f"{key}={value}" for key, value in keys.items()]
+
+
+def in_a_mood(name, script, tmp_path, monkeypatch):
+    """Put `script` before Slurm's own program of this name, also on the nodes; the file that it looks at."""
+    mood, program = tmp_path / "mood", tmp_path / "bin" / name
+    program.parent.mkdir()
+    program.write_text(script.replace("MOOD", str(mood)).replace("REAL", shutil.which(name)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return mood
 
 
 def start(path, out, *slurm_keys):
@@ -144,12 +160,15 @@ def test_trials_are_one_array_and_reach_what_they_reach_here_and_a_crash_is_retr
     train_here("--config", tiny)
     assert losses(out / good["run"]) == losses(the_run(tiny))
     assert entry([path, "--out", str(out), "--slurm", "partition=none-such"]) == 2
-    assert "sbatch refuses: " in capsys.readouterr().err and len(jobs(out)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: sbatch refuses: ") and len(jobs(out)) == 3
 
 
-def test_jobs_preempted_in_any_way_save_are_requeued_and_go_on_though_nobody_follows(slurm, tiny, tmp_path):
+def test_a_job_preempted_in_any_way_saves_and_is_requeued_though_nobody_follows(slurm, tiny, tmp_path, monkeypatch):
     steps = 1500                        # seconds enough for all that follows, on a fast machine too
     path, out, keys = long_run(tiny, tmp_path, steps, seeds=(0, 1))
+    away = in_a_mood("scontrol", SCONTROL, tmp_path, monkeypatch)
+    away.touch()                                                      # when the job asks for the first time
     controller = start(path, out, "time=30", "partition=down")
     until(lambda: len(jobs(out)) == 2, "the jobs", controller)
     first, last = sorted(jobs(out))
@@ -178,6 +197,7 @@ def test_jobs_preempted_in_any_way_save_are_requeued_and_go_on_though_nobody_fol
     code, said = end_of(controller)
     assert code == 1 and said.count("in the queue already") == 2 and "submitted" not in said, said
     assert said.count(f"cancelled, job {first}") == 1 and jobs(out).keys() == {first, last}, said
+    assert not away.exists()
     assert [row["status"] for row in rows_of(out)] == ["waiting", "finished"]
     train_here("--config", tiny, *keys, "seed=1")
     assert losses(run_in(out, seed=1)) == losses(the_run(tiny))
@@ -185,11 +205,7 @@ def test_jobs_preempted_in_any_way_save_are_requeued_and_go_on_though_nobody_fol
 
 def test_submissions_that_fail_are_told_and_repeated_and_no_trial_has_two_jobs(slurm, tiny, tmp_path, monkeypatch):
     path, out = write(tmp_path, f"method: grid\nbase: {tiny}\nseeds: [0, 1, 2]\nparameters: {{steps: {{value: 8}}}}")
-    mood, program = tmp_path / "mood", tmp_path / "bin" / "sbatch"
-    program.parent.mkdir()
-    program.write_text(SBATCH.replace("MOOD", str(mood)).replace("REAL", shutil.which("sbatch")))
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    mood = in_a_mood("sbatch", SBATCH, tmp_path, monkeypatch)
     waiting = lambda: sorted(job for job, state in jobs(out).items() if state == "PENDING")
 
     mood.write_text("killed")                                         # between sbatch and the note of what it said
@@ -213,7 +229,8 @@ def test_submissions_that_fail_are_told_and_repeated_and_no_trial_has_two_jobs(s
     controller.send_signal(signal.SIGINT)
     code, text = end_of(controller)
     assert code == 75 and f"scancel {first.partition('_')[0]} {third}" in text, text
-    assert [text.count(each) for each in ("in the queue already", "submitted, job", "sbatch refuses")] == [2, 1, 1], text
+    counts = [text.count(words) for words in ("in the queue already", "submitted, job", "sbatch refuses")]
+    assert counts == [2, 1, 1], text
     asked("scancel", *waiting())
 
 

@@ -6,6 +6,7 @@ that the next call of the sweep follows it instead of submitting it again. Witho
 job is what squeue says, and that of a trial what its own files say. slurmctld may be busy or away for a while: once
 there are jobs, what fails is told and tried again.
 """
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -222,7 +224,8 @@ def submit(batch: list[tuple[Trial, int]], cluster: Cluster, out: Path, jobs: di
                            cluster.parameters.get("gpus_per_node", 1), attempt))
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})           # Ctrl-C would reach sbatch, too
     try:
-        submitted = executor.submit_array(started)
+        with redirect_stderr(io.StringIO()):                          # where submitit repeats what it raises
+            submitted = executor.submit_array(started)
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError("sbatch refuses: " + " ".join(str(error).split())) from None
     finally:

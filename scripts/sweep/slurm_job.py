@@ -33,7 +33,7 @@ from scripts.sweep.results import FINAL, note_failure, run_of, status_of
 from scripts.sweep.run import tell, train_command
 
 IDLE_STARTS = 3                         # as often a job may stop without a further checkpoint before it gives up
-REQUEUES, BETWEEN_S = 30, 10.0          # while slurmctld is away, which it is for minutes when it is restarted, say
+REQUEUES, BETWEEN_S = 100, 3.0          # tries while slurmctld is away; scontrol itself waits for it for seconds
 FIRST_PORT, PORTS = 12000, 20000        # of rendezvous: below Linux's own choices, which begin at 32768
 PREEMPT = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
 PLACES = Path(tempfile.gettempdir()) / f"sweep-{os.getuid()}"         # this node's: one for each of our jobs on it
