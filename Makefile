@@ -29,7 +29,7 @@ reproduce: $(VENV)/.run
 	$(RUN) -m scripts.reproduce '$(RECORD)' $(if $(GPUS),--gpus $(GPUS)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 schema: $(VENV)/.run
 	$(RUN) -m harness.schema

@@ -41,7 +41,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
+# A file's tests run in one process, and those of a file that begins last are waited for alone: the slowest first.
+SLOWEST = ("test_sweep_slurm.py", "test_sweep_run.py", "test_resume.py", "test_sweep_report.py", "test_reproduce.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
