@@ -1,5 +1,6 @@
 """A command line whose mistakes are one line."""
 import argparse
+import os
 import sys
 
 
@@ -19,6 +20,9 @@ def exit_with(main) -> None:
     """End the process with the code that main() returns, and with 130 and one line on Ctrl-C."""
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _reader_gone()
     except KeyboardInterrupt:
         print("interrupted; nothing was left half-written", file=sys.stderr)
         code = 130
@@ -28,12 +32,22 @@ def exit_with(main) -> None:
 def or_refused(main, argv: list[str]) -> int:
     """The code that main(argv) returns; 2 and a line for each problem where our own code refuses its input."""
     try:
-        return main(argv)
+        code = main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _reader_gone()
     except ValueError as error:                 # refusals are subclasses of it: ConfigError, ShardError, ...
         if type(error).__module__.split(".")[0] not in ("scripts", "harness", "data", "optim", "model"):
             raise
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+
+
+def _reader_gone() -> int:
+    """What reads our output has had enough, as `head` does: nobody is told, and the code is the shell's own for it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # nor when Python flushes at its end
+    return 141
 
 
 def line_of(error: Exception) -> str:

@@ -1,11 +1,13 @@
 """Mistakes on the command lines of data/ and of the programs over models."""
 import runpy
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from data.arguments import exit_with
+from tests.conftest import ROOT
 
 
 def run(program, arguments, monkeypatch) -> int:
@@ -63,3 +65,14 @@ def test_a_pattern_that_nothing_reads_is_refused_and_a_text_without_validation_i
     assert "no document is held out for validation; raise --held-out" in capsys.readouterr().out
     assert run("data.tokenise", [*command[:-1], str(tmp_path / "all"), "--held-out", "0"], monkeypatch) == 0
     assert "note:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ends", ["or_refused(lambda argv: print(text) or 0, [])", "exit_with(lambda: print(text) or 0)"])
+@pytest.mark.parametrize("text", ["'x'", "'x' * 10**6"])            # met at the end, and while it prints
+def test_a_reader_that_has_had_enough_is_no_error(ends, text):
+    code = f"import sys; sys.stdin.read(); from data.arguments import *; text = {text}; sys.exit({ends})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()                                           # before it prints: `head` has gone
+    _, err = process.communicate()
+    assert (process.returncode, err) == (141, "")
