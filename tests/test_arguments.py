@@ -1,4 +1,5 @@
 """Mistakes on the command lines of data/ and of the programs over models."""
+import os
 import runpy
 import signal
 import subprocess
@@ -72,7 +73,7 @@ def test_a_pattern_that_nothing_reads_is_refused_and_a_text_without_validation_i
 def test_a_reader_that_has_had_enough_is_no_error(ends, text):
     code = f"import sys; sys.stdin.read(); from data.arguments import *; text = {text}; sys.exit({ends})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": ""})
     process.stdout.close()                                           # before it prints: `head` has gone
     _, err = process.communicate()
     assert (process.returncode, err) == (141, "")
