@@ -87,7 +87,7 @@ def read_ours(path: Path) -> Run:
                tuple(Validation(line["step"], line[judged], line["train_s"]) for line in read_log(path)[1]),
                config["steps"], status, config["seed"], config["target_val_loss"], summary.get("ledger_s"),
                dict(flat(settings)), machine, {key: values for key, values in changed.items() if key in machine
-                                               or key.startswith(("source.", "train_data.", "val_data."))})
+                                               or key.startswith("source.")})
 
 
 def flat(tree: dict, above: str = ""):

@@ -97,7 +97,7 @@ def speedrun_log(run, form: str) -> str:
         raise ExportError(f"{run.path}: not finished, its status is {run.status}; "
                           f"`python train.py --resume {run.path}` goes on with it")
     if run.changed:
-        raise ExportError(f"{run.path}: resumed with other code or data or on another machine ("
+        raise ExportError(f"{run.path}: resumed with other code or on another machine ("
                           + ", ".join(run.changed) + "), which one log cannot say; run it anew")
     if not run.validations or run.validations[-1].step != run.planned_steps:
         raise ExportError(f"{run.path}: no validation at its last step {run.planned_steps:,}; its log.jsonl is damaged")

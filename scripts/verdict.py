@@ -103,7 +103,7 @@ def problem_of(run: Run, step: int | None) -> str:
     if run.form == "ours" and not run.ledger_s:
         return f"{run.path}: no ledger of the clock (ledger_s) in its summary.json, so that its seconds say nothing"
     if other := {key: values for key, values in run.changed.items() if key not in run.machine}:
-        return f"{run.path}: resumed with other code or data ({in_words(other)}); run it anew"
+        return f"{run.path}: resumed with other code ({in_words(other)}); run it anew"
     judged = validation(run, step)
     if judged is None:
         return f"{run.path}: no validation at step {last_step(run) if step is None else step:,}"

@@ -119,6 +119,13 @@ def test_what_is_not_counted_is_listed_with_the_reason(runs, tmp_path):
     assert sorted(row["seeds"] for rows in sections(text) for row in rows) == ["0", "0"]
 
 
+def test_seconds_of_two_machines_are_not_counted(runs, tmp_path):
+    change(run_of(runs, "tiny-1") / "env.json", resumes=[{"step": 4, "changed": {"device": "NVIDIA B200"}}])
+    text = page(tmp_path, runs)
+    assert re.search(r"tiny-1\S+`: resumed on another machine \(device: .*, then NVIDIA B200\)", text)
+    assert "1" not in [seed for rows in sections(text) for row in rows for seed in row["seeds"].split()]
+
+
 def test_a_row_of_which_one_run_missed_the_target_has_no_time(runs, tmp_path):
     run = run_of(runs, "tiny-1")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -111,6 +111,11 @@ def test_a_run_without_its_source_or_its_last_line_or_a_published_log_is_refused
     (run / "log.jsonl").write_text("".join(log[:-1]))
     assert "no validation at its last step 12" in refused(capsys, run)
     (run / "log.jsonl").write_text("".join(log))
+    env = json.loads((run / "env.json").read_text())
+    elsewhere = env | {"resumes": [{"step": 4, "changed": {"device": "NVIDIA B200"}}]}
+    (run / "env.json").write_text(json.dumps(elsewhere))
+    assert "resumed with other code or on another machine (device)" in refused(capsys, run)
+    (run / "env.json").write_text(json.dumps(env))
     shutil.rmtree(run / "source")
     assert "no source/train.py" in refused(capsys, run)
 

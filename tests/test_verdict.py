@@ -118,7 +118,7 @@ def test_a_run_that_went_on_elsewhere_has_a_loss_but_no_seconds_and_with_other_c
     assert times_not_compared(alone, base) == times_not_compared(base, alone) == (
         f"resumed on another machine, device: {device}, then NVIDIA B200")
     change(copies[1] / "env.json", resumes=[{"step": 4, "changed": {"source.model/gpt.py": "0123456789ab"}}])
-    with pytest.raises(Refused, match=r"resumed with other code or data \(source.model/gpt.py: \w{12}, then 0123456789ab"):
+    with pytest.raises(Refused, match=r"resumed with other code \(source.model/gpt.py: \w{12}, then 0123456789ab"):
         group(copies[1:])
 
 
